@@ -1,0 +1,180 @@
+"""From a path to a model: what is it, is it there, and what belongs to it?
+
+A path may be a model folder, an adapter folder, a run folder (its best or newest checkpoint) or a hub id.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from lib.settings import UserError, find_path
+
+SAMPLING_FILE = "sampling.json"  # prompt style and sampling settings beside an adapter
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """Where a model comes from: its base (folder or hub id), its adapter if any, how it was prompted."""
+
+    base: str
+    adapter: Path | None = None
+    sampling: dict | None = None
+
+
+def locate_model(path):
+    """Find out what `path` is, without loading anything. UserError says what is missing and where."""
+    folder = find_path(path)
+    if (folder / "checkpoints").is_dir():
+        return locate_model(_newest_checkpoint(folder / "checkpoints"))
+    if (folder / "adapter_config.json").is_file():
+        try:
+            base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        except (json.JSONDecodeError, KeyError):
+            raise UserError(f"{folder / 'adapter_config.json'} is damaged: it names no base model") from None
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UserError(f"{folder} has an adapter_config.json but no adapter_model.safetensors")
+        sampling = folder / SAMPLING_FILE
+        place = locate_model(base)
+        return ModelPlace(
+            place.base, folder, json.loads(sampling.read_text()) if sampling.is_file() else None
+        )
+    if folder.is_dir():
+        for needed in ("config.json", "tokenizer_config.json"):
+            if not (folder / needed).is_file():
+                raise UserError(f"{folder} is no model, adapter or run folder: it has no {needed}")
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} has no weights: a *.safetensors file is missing")
+        return ModelPlace(str(path) if Path(path).is_dir() else str(folder))
+    if not _HUB_ID.fullmatch(str(path)) or str(path).startswith("."):
+        raise UserError(
+            f"model not found: {folder} (a model, adapter or run folder, or a hub id like Qwen/Qwen3-1.7B)"
+        )
+    return ModelPlace(str(path))
+
+
+def _newest_checkpoint(checkpoints):
+    if (checkpoints / "best").is_dir():
+        return checkpoints / "best"
+    steps = sorted(checkpoints.glob("step_*"))
+    if not steps:
+        raise UserError(f"{checkpoints} has no checkpoint yet")
+    return steps[-1]
+
+
+def choose_device():
+    """The device a run uses: the first CUDA card if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(device):
+    """bfloat16 on a card, float32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_tokenizer(place):
+    """The tokenizer of a model's base. UserError if a hub id has none or cannot be reached."""
+    try:
+        return AutoTokenizer.from_pretrained(place.base)
+    except (OSError, ValueError) as error:
+        raise UserError(_explain(place.base, error)) from None
+
+
+def load_model(place, *, device=None, dtype=None, trainable=False):
+    """The model at a `ModelPlace`, in evaluation mode; with an adapter it is a PEFT model."""
+    device = device or choose_device()
+    with _quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(place.base, dtype=dtype or choose_dtype(device))
+        except (OSError, ValueError) as error:
+            raise UserError(_explain(place.base, error)) from None
+        model.to(device)
+        if place.adapter:
+            try:
+                model = PeftModel.from_pretrained(model, place.adapter, is_trainable=trainable)
+            except (RuntimeError, ValueError) as error:  # shapes or names that the base does not have
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"the adapter {place.adapter} does not fit the base {place.base}: {reason}"
+                ) from None
+    return model.eval()
+
+
+def load_trainable(place, targets, modules_to_save="", *, rank, alpha, seed):
+    """The PEFT model to train: the adapter at `place` where there is one, else the base with a fresh LoRA.
+
+    A is drawn from `seed` and B is zero, so that a fresh adapter starts as the base.
+    targets          "all-linear", or names of modules separated by blanks
+    modules_to_save  names of modules that are trained whole, separated by blanks
+    Dropout is 0: the two passes of the gradient must compute the same function.
+    """
+    model = load_model(place, trainable=True)
+    if place.adapter:
+        return model
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=targets if targets == "all-linear" else targets.split(),
+        modules_to_save=modules_to_save.split() or None,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    try:
+        with _quiet():
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"--lora-targets {targets}: {str(error).splitlines()[0]}") from None
+
+
+def save_adapter(model, folder):
+    """Write a plain PEFT adapter: adapter_config.json and adapter_model.safetensors."""
+    with _quiet():
+        model.save_pretrained(folder, save_embedding_layers=False)
+    with contextlib.suppress(FileNotFoundError):
+        (Path(folder) / "README.md").unlink()  # PEFT's empty model card
+
+
+def load_adapter_weights(model, folder):
+    """Put the weights of a saved adapter into a PEFT model of the same shape, in place."""
+    weights = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
+    with _quiet():
+        set_peft_model_state_dict(model, weights)
+
+
+def fingerprint(model):
+    """16 hex digits that tell one base from another: names, shapes and some values of its frozen weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if "lora_" not in name and "modules_to_save" not in name:
+            sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
+            digest.update(f"{name} {tuple(weight.shape)} {sample.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _explain(base, error):
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"model {base} could not be loaded: {reason}"
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the progress bars and notes that libraries print around loading and saving."""
+    level = logging.getLogger("transformers").level
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.getLogger("transformers").setLevel(level)

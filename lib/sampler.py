@@ -1,0 +1,226 @@
+"""A group of completions per prompt: the contract of a sampler, and the decode loop over transformers.
+
+The loop takes all prompts of a step at once. Each prompt is computed once, its keys and values are shared out
+to the G rows of its group, and finished rows leave the batch.
+
+Shape suffixes: P prompts, N = P * G rows still decoding, V vocabulary, L cached columns.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from lib.draws import draw_key, draw_tokens
+
+
+@dataclass
+class Group:
+    """A problem and its sampled completions: what travels from the sampler to the run log.
+
+    The lists have one entry per completion. `completion_ids` includes the end token where one was sampled;
+    `sampler_logps` are log-probabilities of those ids under the raw model, before temperature and truncation
+    [nat].
+    """
+
+    problem: object
+    prompt: str  # as rendered, special tokens included
+    prompt_ids: list
+    completion_ids: list
+    completions: list
+    finish_reasons: list  # "stop": an end token was sampled; "length": the limit was reached
+    sampler_logps: list
+    rewards: dict = field(default_factory=dict)  # by name, a list each; filled by rewards.score_groups
+    reward: list = field(default_factory=list)  # weighted total
+    grades: list = field(default_factory=list)  # a rewards.Grade each; filled by rewards.grade_groups
+    advantage: list = field(default_factory=list)  # how hard each completion was pushed; filled by the script
+
+
+def keep_advantages(groups, advantage_PG):
+    """Note on every group how hard its completions are pushed: for the log, nothing is computed from it."""
+    for group, advantage_G in zip(groups, advantage_PG.tolist(), strict=True):
+        group.advantage = advantage_G
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one layer with spare columns, so that a step writes one column and copies none."""
+
+    spare = 64
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [key_states.contiguous(), value_states.contiguous()]
+            self.keys, self.values = self.room
+            return self.keys, self.values
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if end > self.room[0].shape[2]:
+            self.room = [
+                torch.nn.functional.pad(held, (0, 0, 0, self.spare)) for held in (self.keys, self.values)
+            ]
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, start:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def keep_rows(self, index_N):
+        """Keep (and repeat) rows by index, with the columns in use."""
+        self.keys, self.values = self.room = [
+            held.index_select(0, index_N) for held in (self.keys, self.values)
+        ]
+
+
+class TransformersSampler:
+    """Samples with the model that is being trained, in the process that trains it.
+
+    model       a causal LM of transformers, or a PEFT model around one
+    tokenizer   its tokenizer: ids from len(tokenizer) on are never sampled
+    max_rows    rows decoded at once; more prompts than fit wait their turn [completions]
+    """
+
+    def __init__(self, model, tokenizer, *, max_rows=1024):
+        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        ends = self.causal_lm.generation_config.eos_token_id
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        self.end_ids = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+
+    def sample(self, problems, prompts, params, *, group_size, seed, step, attempt=0):
+        """Sample `group_size` completions of every prompt: one `Group` per problem, in their order.
+
+        problems   with an `id` each, which enters the draws
+        prompts    their token ids
+        """
+        per_batch = max(1, self.max_rows // group_size)
+        was_training = self.model.training
+        self.model.eval()
+        groups = []
+        for start in range(0, len(problems), per_batch):
+            chosen = problems[start : start + per_batch]
+            keys = [
+                draw_key(seed, step, problem.id, attempt=attempt, member=member)
+                for problem in chosen
+                for member in range(group_size)
+            ]
+            rows = self._decode(prompts[start : start + per_batch], keys, params)
+            for i, problem in enumerate(chosen):
+                ids, logps, finished = zip(*rows[i * group_size : (i + 1) * group_size], strict=True)
+                reasons = ["stop" if done else "length" for done in finished]
+                asked = self.tokenizer.decode(prompts[start + i], clean_up_tokenization_spaces=False)
+                groups.append(
+                    Group(
+                        problem, asked, prompts[start + i], list(ids), self._texts(ids), reasons, list(logps)
+                    )
+                )
+        self.model.train(was_training)
+        return groups
+
+    def _texts(self, rows):
+        """Plain strings, without the end token but with every other special token the model wrote."""
+        bare = [ids[:-1] if ids and ids[-1] in self.end_ids else ids for ids in rows]
+        return self.tokenizer.batch_decode(
+            bare, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def _logits(self, ids, *, last, **kwargs):
+        """Raw float32 logits at column `last` of each row; the vocabulary is only computed there."""
+        hidden = self.causal_lm.get_decoder()(input_ids=ids, use_cache=True, **kwargs).last_hidden_state
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.causal_lm.get_output_embeddings()(hidden[rows, last]).float()
+
+    def _start(self, prompts, keys, params):
+        """Compute the prompts once and share them out: the rows to decode, and their first logits."""
+        device, group_size = self.causal_lm.device, len(keys) // len(prompts)
+        length_P = torch.tensor([len(ids) for ids in prompts], device=device)
+        width = int(length_P.max())
+        # Prompts stand at the left and need no mask: causal attention never looks at padding to the right.
+        ids_PL = torch.tensor([ids + [0] * (width - len(ids)) for ids in prompts], device=device)
+        config = self.causal_lm.config
+        if "sliding_attention" in getattr(config, "layer_types", ()):
+            cache = DynamicCache(config=config)
+        else:
+            cache = Cache(layers=[_RoomyLayer() for _ in range(config.num_hidden_layers)])
+        logits_PV = self._logits(ids_PL, last=length_P - 1, past_key_values=cache)
+
+        row_N = torch.arange(len(keys), device=device)
+        source_N = row_N // group_size
+        key_N = torch.tensor([key - 2**64 if key >= 2**63 else key for key in keys], device=device)
+        length_N, logits_NV = length_P[source_N], logits_PV[source_N]
+        column_L = torch.arange(width + params.max_new_tokens, device=device)
+        visible_NL = (column_L < length_N[:, None]) | (column_L >= width)
+        seen_NV = None
+        if params.repetition_penalty != 1.0:
+            seen_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
+            for row, source in enumerate(source_N.tolist()):
+                seen_NV[row, prompts[source]] = True
+        rows = _Rows(row_N, key_N, length_N, visible_NL, seen_NV, cache, width)
+        rows.keep_cache(source_N)
+        return rows, logits_NV
+
+    @torch.inference_mode()
+    def _decode(self, prompts, keys, params):
+        """(token ids, log-probs, finished) of one row per key; rows of a prompt are neighbours."""
+        rows, logits_NV = self._start(prompts, keys, params)
+        device, limit = logits_NV.device, params.max_new_tokens
+        end_E = torch.tensor(self.end_ids, device=device)
+        tokens_NT = torch.zeros(len(keys), limit, dtype=torch.long, device=device)
+        logps_NT = torch.zeros(len(keys), limit, device=device)
+        total_N = torch.full((len(keys),), limit, device=device)
+        finished_N = torch.zeros(len(keys), dtype=torch.bool, device=device)
+        for position in range(limit):
+            allowed_NV = logits_NV.clone()
+            allowed_NV[:, len(self.tokenizer) :] = -torch.inf
+            token_N = draw_tokens(allowed_NV, params, rows.key_N, position=position, seen_NV=rows.seen_NV)
+            tokens_NT[rows.row_N, position] = token_N
+            chosen_N = logits_NV.gather(1, token_N[:, None])[:, 0]
+            logps_NT[rows.row_N, position] = chosen_N - logits_NV.logsumexp(dim=-1)
+            if rows.seen_NV is not None:
+                rows.seen_NV.scatter_(1, token_N[:, None], True)
+            ended_N = rows.row_N[torch.isin(token_N, end_E) & ~finished_N[rows.row_N]]
+            total_N[ended_N] = position + 1
+            finished_N[ended_N] = True
+            alive_N = ~finished_N[rows.row_N]
+            alive = int(alive_N.sum())
+            if alive == 0 or position + 1 == limit:
+                break
+            # Moving the cache costs about as much as a step: let an eighth of the rows finish first.
+            if alive <= len(alive_N) * 7 // 8:
+                rows.keep(alive_N.nonzero()[:, 0])
+                token_N = token_N[alive_N]
+            logits_NV = self._logits(
+                token_N[:, None],
+                last=0,
+                past_key_values=rows.cache,
+                position_ids=(rows.length_N + position)[:, None],
+                attention_mask=rows.visible_NL[:, None, None, : rows.width + position + 1],
+            )
+        ids, logps = tokens_NT.tolist(), logps_NT.tolist()
+        ends = zip(total_N.tolist(), finished_N.tolist(), strict=True)
+        return [(ids[i][:n], logps[i][:n], finished) for i, (n, finished) in enumerate(ends)]
+
+
+@dataclass
+class _Rows:
+    """The rows that are still decoding, and what moves with them when others leave."""
+
+    row_N: torch.Tensor  # their place among all rows
+    key_N: torch.Tensor
+    length_N: torch.Tensor  # tokens of the prompt
+    visible_NL: torch.Tensor  # cached columns that belong to the row: all but the padding behind its prompt
+    seen_NV: torch.Tensor | None
+    cache: Cache
+    width: int  # columns of the longest prompt; completions begin there
+
+    def keep_cache(self, index_N):
+        for layer in self.cache.layers:
+            keep = layer.keep_rows if isinstance(layer, _RoomyLayer) else layer.batch_select_indices
+            keep(index_N)
+
+    def keep(self, index_N):
+        """Keep rows by index."""
+        self.keep_cache(index_N)
+        self.row_N, self.key_N, self.length_N = (x[index_N] for x in (self.row_N, self.key_N, self.length_N))
+        self.visible_NL = self.visible_NL[index_N]
+        self.seen_NV = None if self.seen_NV is None else self.seen_NV[index_N]
