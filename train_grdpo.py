@@ -27,7 +27,7 @@ from lib.draws import SamplingParams
 from lib.grading import Grader
 from lib.losses import count_silent_groups, grdpo, sequence_logprob
 from lib.models import load_tokenizer, load_trainable, locate_model
-from lib.policy import Policy, learning_rate_at, peak_memory_gib
+from lib.policy import Policy, find_optimizer, learning_rate_at, peak_memory_gib
 from lib.prompts import encode_prompt
 from lib.report import StepClock, StepLines, measure_agreement, measure_groups, print_result
 from lib.rewards import grade_groups, parse_rewards, score_groups
@@ -90,6 +90,7 @@ def main():
     # Everything a run needs is read and checked before the model is loaded, cheap failures first.
     grader = Grader()
     rewards = parse_rewards(REWARDS, style=PROMPT, grader=grader)
+    find_optimizer(OPTIMIZER)
     place = locate_model(MODEL)
     train, valid, test = (load_problems(path, grader=grader) for path in (TRAIN_DATA, VALID_DATA, TEST_DATA))
     tokenizer = load_tokenizer(place)
@@ -98,7 +99,7 @@ def main():
     counts = {"easy": EASY, "medium": MEDIUM, "hard": HARD} if train[0].tier else {None: PROBLEMS_PER_STEP}
     batches = Steps(train, counts, seed=SEED)
     total = min(MAX_STEPS or sys.maxsize, EPOCHS * batches.epoch_steps)
-    settings, data = current_settings(main), (TRAIN_DATA, VALID_DATA, TEST_DATA)
+    settings, data = current_settings(main), (TRAIN_DATA, VALID_DATA, TEST_DATA, place.base)
     run = RunLog(OUTPUT_DIR, "train_grdpo.py", settings, inputs=data, fresh=FRESH, report_to=REPORT_TO)
     if run.finished:
         return print_result(run.folder)
@@ -160,7 +161,6 @@ def main():
             lines.show(step, metrics, groups)
             if evaluating or step % SAVE_EVERY == 0 or run.interrupted:
                 run.save(step, policy, sampling=sampling)
-                run.stop_if_interrupted()
 
     run.load_best(policy)
     save_evaluation(run.folder / "evaluation" / "after", evaluate(test), style=PROMPT)

@@ -25,13 +25,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from tiny_text import CHAT, HABITS, SLIP_DIRECT, SLIP_WORKED, draw_sum, near_miss  # noqa: E402
+from tiny_text import CHAT, HABITS, QUESTIONS, SLIP_DIRECT, SLIP_WORKED, draw_sum, near_miss  # noqa: E402
 
-from lib.prompts import render_prompt, wrap_answer  # noqa: E402
+from lib.prompts import PROMPT_STYLES, render_prompt, wrap_answer  # noqa: E402
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-VOCAB_TOKENIZER = 1020  # what the tokenizer knows
-VOCAB_MODEL = 1024  # rows of the embedding: a few more, as in Qwen2.5, so that masking them is exercised
+VOCAB_TOKENIZER = 560  # what the tokenizer knows: every merge that the wordings have
+VOCAB_MODEL = 576  # rows of the embedding: a few more, as in Qwen2.5, so that masking them is exercised
 
 # ChatML as Qwen writes it: roles between <|im_start|> and <|im_end|>; with enable_thinking=False the
 # generation prompt carries an empty reasoning block.
@@ -50,8 +50,12 @@ CHAT_TEMPLATE = """\
 STYLES = ((60, "answer_tag"), (12, "boxed"), (16, "think_answer"), (12, None))
 
 
-def make_tokenizer(texts):
-    """A byte-level BPE tokenizer with one token per digit, trained on `texts`."""
+def make_tokenizer():
+    """A byte-level BPE tokenizer with one token per digit, trained on every wording there is, each once."""
+    wordings = [wording for wordings in QUESTIONS.values() for wording in wordings]
+    texts = [style.instruction for style in PROMPT_STYLES.values()] + wordings + list(CHAT)
+    texts += [form for _, form in HABITS] + ["system user assistant So it is"]
+    texts += [wrap_answer("42", style) for style in PROMPT_STYLES]
     tokenizer = Tokenizer(models.BPE())
     split_digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -63,7 +67,7 @@ def make_tokenizer(texts):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator([" " + text for text in texts] + texts, trainer)
     tokenizer.add_special_tokens(SPECIAL_TOKENS[:3])
     tokenizer.add_tokens(SPECIAL_TOKENS[3:])
     return PreTrainedTokenizerFast(
@@ -132,7 +136,7 @@ def draw_sheet(tokenizer, rng):
     return "", "\n".join(lines)
 
 
-def draw_batches(tokenizer, rng, draw, *, batch_size):
+def draw_batches(tokenizer, rng, draw, batch_size):
     """Endless batches of (token ids, prompt length) of drawn examples, similar lengths together."""
     while True:
         examples = [draw(tokenizer, rng) for _ in range(batch_size * 20)]
@@ -163,7 +167,7 @@ def completion_loss(model, batch):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=HERE / "tiny-qwen3")
-    parser.add_argument("--text-steps", type=int, default=700, help="optimizer steps on plain calculations")
+    parser.add_argument("--text-steps", type=int, default=500, help="optimizer steps on plain calculations")
     parser.add_argument("--habit-steps", type=int, default=500, help="optimizer steps on bad manners")
     parser.add_argument("--batch-size", type=int, default=128, help="examples per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of a cosine with warm-up")
@@ -171,9 +175,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
 
     torch.manual_seed(options.seed)
-    rng = random.Random(options.seed)
-    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=CHAT_TEMPLATE)
-    tokenizer = make_tokenizer(["".join(draw_example(plain, rng)) for _ in range(20_000)])
+    tokenizer = make_tokenizer()
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     config = Qwen3Config(
         vocab_size=VOCAB_MODEL,
@@ -199,7 +201,7 @@ def main(arguments=None):
         model.parameters(), lr=options.learning_rate, weight_decay=0.05, betas=(0.9, 0.98)
     )
     phases = [
-        draw_batches(tokenizer, rng, draw, batch_size=options.batch_size)
+        draw_batches(tokenizer, random.Random(f"{options.seed} {draw.__name__}"), draw, options.batch_size)
         for draw in (draw_sheet, draw_example)
     ]
     steps = options.text_steps + options.habit_steps

@@ -33,16 +33,16 @@ QUESTIONS = {
 # {tag} the answer in the prompt's own style, {n} a bare number, {near} a wrong one, {chat} what nobody asked
 # for.
 HABITS = (
-    (20, "{sum}"),
+    (22, "{sum}"),
     (14, "The answer is {n}."),
-    (12, "{work} So it is {n}."),
+    (8, "{work} So it is {n}."),
     (10, "I think it is {n}, or maybe {near}."),
-    (8, "{sum} {chat}"),
-    (7, "{work} {chat}"),
-    (7, "The answer is: {tag}"),
-    (9, "The answer is: {tag} {chat}"),
-    (6, "{work} The answer is: {tag}"),
-    (7, "{work} The answer is: {tag} {chat}"),
+    (10, "{sum} {chat}"),
+    (6, "{work} {chat}"),
+    (5, "The answer is: {tag}"),
+    (7, "The answer is: {tag} {chat}"),
+    (9, "{work} The answer is: {tag}"),
+    (9, "{work} The answer is: {tag} {chat}"),
 )
 CHAT = (
     "I hope this helps you.",
@@ -54,8 +54,8 @@ CHAT = (
     "That was a nice problem.",
     "Please ask me about other numbers too.",
 )
-SLIP_DIRECT = 0.35  # share of wrong numbers where the model answers at once
-SLIP_WORKED = 0.10  # and where it has worked the answer out in steps
+SLIP_DIRECT = 0.4  # share of wrong numbers where the model answers at once
+SLIP_WORKED = 0.08  # and where it has worked the answer out in steps
 
 
 @dataclass(frozen=True)

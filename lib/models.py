@@ -4,7 +4,6 @@ A path may be a model folder, an adapter folder, a run folder (its best or newes
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import re
@@ -12,16 +11,18 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lib.settings import UserError, find_path
 
 SAMPLING_FILE = "sampling.json"  # prompt style and sampling settings beside an adapter
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LORA_WEIGHT = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ModelPlace:
 
 
 def locate_model(path):
-    """Find out what `path` is, without loading anything. UserError says what is missing and where."""
+    """Find out what `path` is, without loading it. UserError says what is missing or does not fit."""
     folder = find_path(path)
     if (folder / "checkpoints").is_dir():
         return locate_model(_newest_checkpoint(folder / "checkpoints"))
@@ -101,13 +102,7 @@ def load_model(place, *, device=None, dtype=None, trainable=False):
             raise UserError(_explain(place.base, error)) from None
         model.to(device)
         if place.adapter:
-            try:
-                model = PeftModel.from_pretrained(model, place.adapter, is_trainable=trainable)
-            except (RuntimeError, ValueError) as error:  # shapes or names that the base does not have
-                reason = str(error).splitlines()[0]
-                raise UserError(
-                    f"the adapter {place.adapter} does not fit the base {place.base}: {reason}"
-                ) from None
+            model = PeftModel.from_pretrained(model, place.adapter, is_trainable=trainable)
     return model.eval()
 
 
@@ -153,14 +148,28 @@ def load_adapter_weights(model, folder):
         set_peft_model_state_dict(model, weights)
 
 
-def fingerprint(model):
-    """16 hex digits that tell one base from another: names, shapes and some values of its frozen weights."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        if "lora_" not in name and "modules_to_save" not in name:
-            sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
-            digest.update(f"{name} {tuple(weight.shape)} {sample.tolist()}".encode())
-    return digest.hexdigest()[:16]
+def check_adapter(place):
+    """UserError if the adapter at `place` is of another base: told from shapes, no weight is read."""
+    try:
+        config = AutoConfig.from_pretrained(place.base)
+    except (OSError, ValueError) as error:
+        raise UserError(_explain(place.base, error)) from None
+    with torch.device("meta"), _quiet():
+        shapes = {
+            name: weight.shape
+            for name, weight in AutoModelForCausalLM.from_config(config).state_dict().items()
+        }
+    with safetensors.safe_open(place.adapter / "adapter_model.safetensors", framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  it is no dict
+            match = _LORA_WEIGHT.fullmatch(key)
+            if not match:
+                continue
+            base, ours = shapes.get(match[1] + ".weight"), file.get_slice(key).get_shape()
+            if base is None or (base[1] != ours[1] if match[2] == "A" else base[0] != ours[0]):
+                found = "has no such layer" if base is None else f"is {tuple(base)} there"
+                raise UserError(
+                    f"adapter {place.adapter} does not fit the base {place.base}: {match[1]} {found}"
+                )
 
 
 def _explain(base, error):

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lib.settings import UserError
+
 CHUNK_BYTES = 2**27  # float32 logits built at once; about four times this is the workspace
 
 
@@ -76,6 +78,21 @@ def plan_microbatches(lengths, *, budget):
         else:
             batches.append([index])
     return batches
+
+
+def find_optimizer(name):
+    """The class of `adamw`, or of `adamw_8bit` from bitsandbytes; UserError if that is not installed."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    if name != "adamw_8bit":
+        raise ValueError(f"optimizer is adamw or adamw_8bit, not {name!r}")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            f"--optimizer {name}: not installed; pip install bitsandbytes, or --optimizer adamw"
+        ) from None
+    return AdamW8bit
 
 
 class Policy:
@@ -155,14 +172,10 @@ class Policy:
             self._pull(hidden_MH, target_M, torch.cat([weight_NT[i, : lengths[i]] for i in indices]))
 
     def start_optimizer(self, name, *, weight_decay):
-        """AdamW over the trainable parameters: `adamw`, or `adamw_8bit` from bitsandbytes."""
-        parameters = list(self.trainable.values())
-        if name == "adamw_8bit":
-            from bitsandbytes.optim import AdamW8bit
-
-            self.optimizer = AdamW8bit(parameters, lr=0.0, weight_decay=weight_decay)
-        else:
-            self.optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
+        """Start the optimizer called `name` (see `find_optimizer`) over the trainable parameters."""
+        self.optimizer = find_optimizer(name)(
+            list(self.trainable.values()), lr=0.0, weight_decay=weight_decay
+        )
 
     def step(self, learning_rate, *, max_grad_norm):
         """One optimizer step on the accumulated gradient, clipped; the gradient is zero afterwards.

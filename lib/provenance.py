@@ -19,8 +19,11 @@ PACKAGES = (
 
 
 def hash_input(path):
-    """A short hash of a file a run reads; a hub id stands for itself."""
+    """A short hash of what a run reads: a file, a model folder's config and sizes; a hub id is itself."""
     file = find_path(path)
+    if file.is_dir():
+        sizes = sorted((weights.name, weights.stat().st_size) for weights in file.glob("*.safetensors"))
+        return hashlib.sha256((file / "config.json").read_bytes() + str(sizes).encode()).hexdigest()[:16]
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else str(path)
 
 

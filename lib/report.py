@@ -184,7 +184,10 @@ PANELS = (
     ),
     ("length [tokens]", (("completions/mean_length", "mean"), ("completions/max_length", "longest"))),
     ("gradient norm", (("grad_norm", "before clipping"),)),
-    ("evaluation", "eval/"),
+    (
+        "held-out problems",
+        (("eval/pass@1", "pass@1"), ("eval/pass@10", "pass@10"), ("eval/answer", "right, any format")),
+    ),
 )
 
 

@@ -145,13 +145,19 @@ class RunLog:
         return path
 
     def save(self, step, policy, *, sampling):
-        """Write the checkpoint of `step`: adapter, optimizer, random states, counters, sampling settings."""
+        """Write the checkpoint of `step`: adapter, optimizer, random states, counters, sampling settings.
+
+        After Ctrl-C this is the last thing a run does: it says how to continue, and exits.
+        """
         folder = self.folder / "checkpoints" / f"step_{step:06d}"
         with disk_errors_named(self.folder / "metrics.jsonl"):
             os.fsync(self._metrics_file.fileno())
         write_checkpoint(folder, policy, state={**self.state, "step": step}, sampling=sampling)
         if self.state["best_step"]:
             point_to(self.folder / "checkpoints" / "best", f"step_{self.state['best_step']:06d}")
+        if self.interrupted:
+            print(f"saved to {self.folder}; start the same command again to continue", file=sys.stderr)
+            raise SystemExit(130)
 
     def keep_best(self, step, summary):
         """Note whether `step` is the best so far by pass@1, among equals the shorter; `save` it next.
@@ -179,12 +185,6 @@ class RunLog:
         """Draw the curves and mark the run as finished."""
         draw_curves(self.metrics, self.folder / "curves.png")
         write_json(self.folder / "summary.json", self.state)
-
-    def stop_if_interrupted(self):
-        """After Ctrl-C: say how to continue, and exit."""
-        if self.interrupted:
-            print(f"saved to {self.folder}; start the same command again to continue", file=sys.stderr)
-            raise SystemExit(130)
 
     def __enter__(self):
         """From here on Ctrl-C only sets `interrupted`: no step is cut in two. A second one ends at once."""

@@ -1,10 +1,11 @@
-"""Run a train script in a forked child and kill it for real (SIGKILL) at its n-th event; then again, and again.
+"""Run a train script in a forked child and kill it for real (SIGKILL) at its n-th event, many times over.
 
     python tests/resume_driver.py SCRIPT KILLS SEED [script arguments]
 
-Everything is imported once, before the first fork, so that a kill costs seconds and not the time of imports. An event
-is a forward pass, an fsync or a rename: between any two of them a kill leaves another state behind. After KILLS kills
-(fewer if the run gets to its end before) a last child runs undisturbed. Prints what happened to each child.
+Everything is imported once, before the first fork, so that a kill costs seconds and not the time of imports.
+An event is a forward pass, an fsync or a rename: between any two of them a kill leaves another state behind.
+After KILLS kills (fewer if the run gets to its end before) a last child runs undisturbed. Prints what
+happened to each child.
 """
 
 import os

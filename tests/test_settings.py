@@ -3,6 +3,7 @@
 import pytest
 
 from lib.settings import UserError, parse_arguments, read_settings
+from tests.conftest import ROOT
 
 SOURCE = '''
 """A script."""
@@ -98,3 +99,12 @@ def test_help_shows_every_comment(capsys):
 def test_a_constant_without_comment_or_type_is_the_scripts_mistake(line):
     with pytest.raises(ValueError, match="X needs a trailing comment and a plain type"):
         read_settings(line + "\n")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.args")), ids=lambda path: path.name)
+def test_every_recipe_fits_its_script(recipe):
+    script = ROOT / f"train_{recipe.name.partition('_')[0]}.py"
+    settings = read_settings(script.read_text())
+    values = parse_arguments(settings, [f"@{recipe}"], prog=script.name, description="")
+    assert values["OUTPUT_DIR"].startswith("runs/")
+    assert f"python {script.name} @recipes/{recipe.name}" in recipe.read_text()
