@@ -9,7 +9,8 @@ One group of 20 completions, the same model, completions and rewards, in one pro
     two passes    ours in micro-batches of a quarter of the tokens
     bare          one forward and backward of as many real tokens, without padding and without a group
 
-Each is timed several times in turn; the median counts. The cosine is that of the pair loop's gradient and ours.
+Each is timed several times in turn, and the median counts. The cosine compares the pair loop's gradient with
+ours.
 """
 
 import argparse

@@ -47,10 +47,10 @@ def locate_model(path):
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{folder} has an adapter_config.json but no adapter_model.safetensors")
         sampling = folder / SAMPLING_FILE
-        place = locate_model(base)
-        return ModelPlace(
-            place.base, folder, json.loads(sampling.read_text()) if sampling.is_file() else None
-        )
+        sampled = json.loads(sampling.read_text()) if sampling.is_file() else None
+        place = ModelPlace(locate_model(base).base, folder, sampled)
+        check_adapter(place)
+        return place
     if folder.is_dir():
         for needed in ("config.json", "tokenizer_config.json"):
             if not (folder / needed).is_file():

@@ -1,6 +1,8 @@
 """The gradient machine: two passes must be the gradient of the whole graph, and padding must never matter."""
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +181,17 @@ def test_the_learning_rate_warms_up_and_never_leaves_its_range(schedule):
     assert rates[-1] == 2.0 if schedule == "constant" else rates[-1] < 0.02
     with pytest.raises(ValueError, match="constant or cosine"):
         learning_rate_at(9, 10, peak=1.0, schedule="linear", warmup=0)
+
+
+def test_three_hundred_steps_do_not_grow_the_memory(toy_model, make_groups):
+    policy = Policy(add_adapter(toy_model), None, tokens_per_microbatch=60)
+    policy.start_optimizer("adamw", weight_decay=0.0)
+    resident = []
+    for step in range(300):
+        scored = policy.logprobs(make_groups(LENGTHS, seed=step))
+        grdpo_of(scored).backward()
+        policy.backward(scored)
+        policy.step(1e-4, max_grad_norm=1.0)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    assert resident[-1] - resident[50] < 30, "MiB"
