@@ -45,22 +45,22 @@ FRESH = False  # start over in OUTPUT_DIR: deletes what an earlier run wrote the
 SEED = 1  # adapter, problem order and every sampled token are functions of it
 
 # --- the algorithm
-BETA = 1.0  # > 0, slope of the logistic [1/nat]
+BETA = 0.5  # > 0, slope of the logistic [1/nat]
 PAIRS = "halves"  # halves | ordered: upper half against lower half, or every better/worse pair
 LOGPROB_REDUCTION = "mean"  # mean | sum: of a completion's token log-probabilities
 MIN_BETTER_REWARD: float | None = None  # the better one of a pair must earn this much; none is no minimum
-REWARDS = "correctness:1 answer_tag:1/3 tail_position:1/3 length_decay(start=32,end=48):1/3"  # part:weight
+REWARDS = "correctness:1 answer_tag:1/3 tail_position:1/3 length_decay(start=48,end=64):1/3"  # part:weight
 GROUP_SIZE = 20  # >= 2, completions per problem
 EASY = 2  # >= 0, problems of tier easy per step
 MEDIUM = 2  # >= 0, problems of tier medium per step
 HARD = 1  # >= 0, problems of tier hard per step
 PROBLEMS_PER_STEP = 5  # >= 1, problems per step where the data has no tiers
 EPOCHS = 100  # >= 1, passes over the medium tier, or over all problems where there are no tiers
-MAX_STEPS: int | None = 80  # >= 1, stop after so many steps; none is all epochs
+MAX_STEPS: int | None = 100  # >= 1, stop after so many steps; none is all epochs
 
 # --- optimizer
-LEARNING_RATE = 5e-4  # > 0, peak [per step]
-LR_SCHEDULE = "constant"  # constant | cosine: down to 0 at the last step
+LEARNING_RATE = 8e-4  # > 0, peak [per step]
+LR_SCHEDULE = "cosine"  # constant | cosine: down to 0 at the last step
 WARMUP = 0.05  # >= 0 and <= 1, share of the steps in which the learning rate rises
 OPTIMIZER = "adamw"  # adamw | adamw_8bit: 8-bit moments by bitsandbytes
 WEIGHT_DECAY = 0.0  # >= 0
@@ -75,7 +75,7 @@ PROMPT = "answer_tag"  # answer_tag | boxed | think_answer: how to ask, and how 
 THINKING: bool | None = None  # Qwen3's thinking flag; none is the template's default
 TEMPERATURE = 1.0  # > 0, of the training samples
 MAX_PROMPT_TOKENS = 512  # >= 1, problems with longer prompts are dropped
-MAX_NEW_TOKENS = 48  # >= 1, tokens per completion
+MAX_NEW_TOKENS = 64  # >= 1, tokens per completion
 EVAL_SAMPLES = 10  # >= 1, answers per problem in evaluations, sampled as evaluate.py does
 
 # --- how it runs

@@ -33,16 +33,16 @@ QUESTIONS = {
 # {tag} the answer in the prompt's own style, {n} a bare number, {near} a wrong one, {chat} what nobody asked
 # for.
 HABITS = (
-    (22, "{sum}"),
-    (14, "The answer is {n}."),
-    (8, "{work} So it is {n}."),
-    (10, "I think it is {n}, or maybe {near}."),
-    (10, "{sum} {chat}"),
-    (6, "{work} {chat}"),
-    (5, "The answer is: {tag}"),
-    (7, "The answer is: {tag} {chat}"),
-    (9, "{work} The answer is: {tag}"),
-    (9, "{work} The answer is: {tag} {chat}"),
+    (4, "{sum}"),
+    (30, "The answer is {n}."),
+    (6, "{work} So it is {n}."),
+    (14, "I think it is {n}, or maybe {near}."),
+    (3, "{sum} {chat}"),
+    (4, "{work} {chat}"),
+    (6, "The answer is: {tag}"),
+    (9, "The answer is: {tag} {chat}"),
+    (11, "{work} The answer is: {tag}"),
+    (13, "{work} The answer is: {tag} {chat}"),
 )
 CHAT = (
     "I hope this helps you.",
