@@ -15,6 +15,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 
 from lib.ask_page import AskPanel
+from lib.chat_page import STYLE
 from lib.grading import Grader
 from lib.models import locate_model
 from lib.run_page import build_run_tab, build_samples_tab
@@ -66,15 +67,17 @@ def build_page(start, grader):
                     with gr.Tab("Compare"):
                         compare.build()
                 with gr.Column(scale=1, min_width=300):
-                    loads = panel.build(header, compare.choices)
+                    loads = [panel.build(header, compare.choices)]
         talk.wire()
         compare.wire()
         with gr.Tab("Run"):
-            loads += build_run_tab(runs, seconds=REFRESH_SECONDS)
+            loads.append(build_run_tab(runs, seconds=REFRESH_SECONDS))
         with gr.Tab("Samples"):
-            loads += build_samples_tab(lambda: find_samples(runs(), EVALUATIONS), page_rows=PAGE_ROWS)
-        for handler, inputs, outputs in loads:
-            demo.load(handler, inputs, outputs, show_progress="hidden")
+            loads.append(build_samples_tab(lambda: find_samples(runs(), EVALUATIONS), page_rows=PAGE_ROWS))
+        for chain in loads:
+            event = demo.load
+            for handler, inputs, outputs in chain:
+                event = event(handler, inputs, outputs, show_progress="hidden").then
     return demo
 
 
@@ -90,7 +93,8 @@ def main():
                 share=SHARE,
                 inbrowser=OPEN_BROWSER,
                 max_file_size="5mb",
-                theme=gr.themes.Default(),
+                theme=gr.themes.Default(font=gr.themes.LocalFont("Source Sans Pro", weights=(400, 600, 700))),
+                css=STYLE,
                 footer_links=[],
                 show_error=True,
                 ssr_mode=False,

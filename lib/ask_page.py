@@ -19,6 +19,12 @@ NO_RUN = "(no run)"
 BASE = "base (before training)"
 SYSTEM_PROMPTS = ["You are a helpful assistant.", "Please reason step by step."]
 THINKING = {"as the model's template has it": None, "on": True, "off": False}
+GUIDE = (
+    "Ask it a math problem. On the right: which checkpoint answers, and how it is asked. "
+    "**Compare** puts the same question to two. **Run** has the curves of training, "
+    "**Samples** what was written in it."
+)
+GREEDY = "0: always the likeliest token"
 # How a model is asked where its checkpoint does not say; the names are those of a checkpoint's sampling.json.
 DEFAULTS = {
     "prompt": "answer_tag",
@@ -181,7 +187,7 @@ class AskPanel:
         pairs = self._sides(path, speaker.base)
         left, right = gr.Dropdown(pairs, value=speaker.base), gr.Dropdown(pairs, value=path)
         saved = gr.Dropdown(["", *SYSTEM_PROMPTS, *remembered["system_prompts"]])
-        return [path, f"## You are talking to {header}", left, right, *widgets, saved]
+        return [path, f"## You are talking to {header}\n{GUIDE}", left, right, *widgets, saved]
 
     # --- how it is asked
 

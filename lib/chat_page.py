@@ -52,6 +52,7 @@ NAMES = {
     "eval/mean_length": "held-out",
     "eval/clipped": "held-out",
 }
+STYLE = "#plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); }"
 MAX_POINTS = 400  # of a curve that are drawn
 
 
@@ -103,7 +104,7 @@ def show_answer(message, *, style, verdict="", opened=False):
         folded = {"title": "Thinking", "status": status}
         shown.append({"role": "assistant", "content": show_text(thinking), "metadata": folded})
     notes = [] if growing else describe_answer(message, style)
-    notes += [verdict] if verdict else []
+    notes = [verdict] * bool(verdict) + notes
     tail = f"\n\n<small>{' · '.join(notes)}</small>" if notes else ""
     shown.append({"role": "assistant", "content": (show_text(rest) or "…") + tail})
     return shown
@@ -161,8 +162,8 @@ def describe_share(name, grades):
     if not grades:
         return f"### {name}"
     right, loose = sum(grade.correct for grade in grades), sum(grade.answer_correct for grade in grades)
-    also = f", {loose} whatever the form" if loose != right else ""
-    return f"### {name}: {right} of {len(grades)} right ({right / len(grades):.0%}{also})"
+    also = f", {loose} of {len(grades)} in any form" if loose != right else ""
+    return f"### {name}: {right} of {len(grades)} right ({right / len(grades):.0%}){also}"
 
 
 def smooth(values, weight):
@@ -212,7 +213,7 @@ def draw_panel(curves, names, smoothing):
                 continue
             steps, values = zip(*points, strict=True)
             every = -(-len(points) // MAX_POINTS)
-            label = NAMES.get(name, name.partition("/")[2].removesuffix("/mean") or name)
+            label = NAMES.get(name, re.sub("/(mean|reward)$", "", name.partition("/")[2]) or name)
             label = " · ".join([run] * (len(curves) > 1) + [label] * (len(names) > 1)) or label
             kept = {"step": steps[::-every][::-1], "value": smooth(values, smoothing)[::-every][::-1]}
             parts.append(pandas.DataFrame(kept | {"curve": label}))

@@ -33,17 +33,19 @@ def build_run_tab(find, *, seconds):
     first = next(iter(find()), None)
     with gr.Row(equal_height=True):
         names = gr.Dropdown(
-            list(find()), value=[first] if first else [], multiselect=True, label="Runs to draw"
+            list(find()),
+            value=[first] if first else [],
+            multiselect=True,
+            label="Runs to draw",
+            elem_id="runs",
         )
         smoothing = gr.Slider(0, 0.99, value=0.6, step=0.01, label="Smoothing")
-        live = gr.Checkbox(True, label="Follow runs in progress")
-        refresh = gr.Button("Refresh lists", scale=0)
+        live = gr.Checkbox(True, label="Follow runs in progress", info="Draws again at every new step")
+    refresh = gr.Button("Refresh lists", size="sm")
     headline = gr.Markdown(elem_id="run_headline")
-    plots = []
-    for _ in range(PLOTS // 3):
-        with gr.Row():
-            plots += [gr.LinePlot(visible=False, height=230, show_label=True) for _ in range(3)]
-    with gr.Accordion("Settings of a run, and how two runs differ", open=False):
+    with gr.Row(elem_id="plots"):
+        plots = [gr.LinePlot(visible=False, height=260, show_label=False) for _ in range(PLOTS)]
+    with gr.Accordion("Settings of a run, and how two differ", open=False, elem_id="settings_section"):
         with gr.Row():
             mine = gr.Dropdown(list(find()), value=first, label="Settings of")
             other = gr.Dropdown(["", *find()], value="", label="Only where they differ from")
@@ -123,14 +125,15 @@ def build_samples_tab(find, *, page_rows):
         tier = gr.Dropdown([ALL_TIERS], value=ALL_TIERS, label="Tier", elem_id="samples_tier")
         right = gr.Dropdown(list(RIGHT), value=next(iter(RIGHT)), label="Answer", elem_id="samples_right")
     with gr.Row(equal_height=True):
-        low = gr.Number(None, label="Reward at least")
-        high = gr.Number(None, label="Reward at most")
+        low = gr.Textbox(label="Reward at least", placeholder="any", elem_id="samples_low")
+        high = gr.Textbox(label="Reward at most", placeholder="any")
         sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", elem_id="samples_sort")
         descending = gr.Checkbox(True, label="Largest first")
-        refresh = gr.Button("Refresh lists", scale=0)
     with gr.Row(equal_height=True):
-        back, counted = gr.Button("◀ Back", scale=0), gr.Markdown(elem_id="samples_count")
-        forward = gr.Button("Next ▶", scale=0, elem_id="samples_next")
+        back = gr.Button("◀ Back", size="sm", min_width=80, elem_id="samples_back")
+        forward = gr.Button("Next ▶", size="sm", min_width=80, elem_id="samples_next")
+        refresh = gr.Button("Refresh lists", size="sm")
+    counted = gr.Markdown(elem_id="samples_count")
     table = gr.Dataframe(headers=list(COLUMNS), interactive=False, elem_id="samples_table", max_height=420)
     details = _build_details()
     number = gr.State(0)
@@ -190,8 +193,8 @@ def _show_page(find, page_rows, move, number, *filters):
         problem=(problem or "").strip(),
         tier="" if tier == ALL_TIERS else tier,
         right=RIGHT[right],
-        low=low,
-        high=high,
+        low=_read_number(low),
+        high=_read_number(high),
     )
     count = len(chosen.table)
     number = max(0, min(number + move, (count - 1) // page_rows))
@@ -204,6 +207,14 @@ def _show_page(find, page_rows, move, number, *filters):
         else "Nothing matches."
     )
     return [_show_row(row) for row in rows], text, number
+
+
+def _read_number(text):
+    """The number in a text box; None if it is empty."""
+    try:
+        return float(text) if text and text.strip() else None
+    except ValueError:
+        raise UserError(f"{text!r} is no number") from None
 
 
 def _show_row(row):

@@ -27,7 +27,8 @@ QUIET = {"show_progress": "hidden"}  # an answer that grows is progress enough
 
 def make_chatbot(name, **options):
     """A place for answers that renders formulas and shows tags as they are."""
-    return gr.Chatbot(show_label=False, latex_delimiters=LATEX, allow_tags=False, elem_id=name, **options)
+    fixed = {"show_label": False, "latex_delimiters": LATEX, "allow_tags": False}
+    return gr.Chatbot(elem_id=name, group_consecutive_messages=False, **fixed, **options)
 
 
 class TalkTab:
@@ -41,7 +42,7 @@ class TalkTab:
         self.conversation = gr.State(Conversation())
         examples = [{"text": text} for text in EXAMPLES]
         hint = "### Ask it a problem\nType one below, or take one of these:"
-        self.chat = make_chatbot("chat", height=470, examples=examples, placeholder=hint)
+        self.chat = make_chatbot("chat", height=470, buttons=["copy"], examples=examples, placeholder=hint)
         with gr.Row():
             hint = "Your question, for example: Compute 12 + 30."
             self.box = gr.Textbox(
@@ -74,6 +75,7 @@ class TalkTab:
         stop.click(stop_answer, self.conversation, None, **QUIET)
         undo.click(report_errors(self.undo), talk, shown, cancels=running, **QUIET)
         clear.click(self.clear, None, [self.conversation, *shown], cancels=running, **QUIET)
+        self.chat.clear(self.clear, None, [self.conversation, *shown], cancels=running, **QUIET)
         self.save_button.click(report_errors(self.save), self.conversation, self.files)
         self.load_button.upload(
             report_errors(self.load), [self.load_button, *talk], [self.conversation, *shown]
@@ -175,7 +177,10 @@ class CompareTab:
             for side in ("left", "right"):
                 with gr.Column():
                     share = gr.Markdown(elem_id=f"share_{side}")
-                    self.sides += [share, make_chatbot(f"answers_{side}", height=430, placeholder=" ")]
+                    self.sides += [
+                        share,
+                        make_chatbot(f"answers_{side}", height=430, buttons=[], placeholder=" "),
+                    ]
 
     def wire(self):
         asked = [self.comparing, self.question, self.gold, self.count, *self.choices]
