@@ -87,9 +87,7 @@ class AskPanel:
         with gr.Accordion("How it is asked", open=True):
             styles = [AS_TYPED, *PROMPT_STYLES]
             prompt = gr.Dropdown(styles, label="Prompt style", info="The words around your question")
-            temperature = gr.Slider(
-                0, 2, step=0.05, label="Temperature", info="0: always the likeliest token"
-            )
+            temperature = gr.Slider(0, 2, step=0.05, label="Temperature", info=GREEDY, elem_id="temperature")
             tokens = gr.Number(label="Most tokens of an answer", precision=0, minimum=1, elem_id="max_tokens")
             thinking = gr.Dropdown(list(THINKING), label="Thinking")
         with gr.Accordion("Which tokens are drawn", open=False):

@@ -67,12 +67,12 @@ class Models:
         key = (folder, (folder / "adapter_model.safetensors").stat().st_mtime_ns)
         name = self._adapters.pop(key, None)
         if name is None:
-            if len(self._adapters) >= MAX_ADAPTERS:
-                oldest = next(iter(self._adapters))
-                self._model.delete_adapter(self._adapters.pop(oldest))
             self._opened += 1
             name = f"opened_{self._opened}"
             self._model = attach_adapter(self._model, folder, name)
+            self._model.set_adapter(name, inference_mode=True)
+            while len(self._adapters) >= MAX_ADAPTERS:
+                self._model.delete_adapter(self._adapters.pop(next(iter(self._adapters))))
         self._adapters[key] = name
         return name
 

@@ -58,7 +58,7 @@ MAX_POINTS = 400  # of a curve that are drawn
 
 def warn(error):
     """Show a mistake as a message in the page."""
-    gr.Warning(html.escape(str(error)), duration=15)
+    gr.Warning(html.escape(str(error)), duration=10)
 
 
 def report_errors(handler):
