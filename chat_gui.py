@@ -93,7 +93,7 @@ def main():
                 share=SHARE,
                 inbrowser=OPEN_BROWSER,
                 max_file_size="5mb",
-                theme=gr.themes.Default(font=gr.themes.LocalFont("Source Sans Pro", weights=(400, 600, 700))),
+                theme=gr.themes.Default(font=gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))),
                 css=STYLE,
                 footer_links=[],
                 show_error=True,

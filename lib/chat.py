@@ -109,7 +109,7 @@ class Models:
             )
         return ids
 
-    def stream(self, speaker, prompt, keys, params):
+    def stream(self, speaker, prompt, keys, *, params):
         """`TransformersSampler.stream` by the speaker; others may be asked between two tokens."""
         with self.using(speaker):
             tokens = self._sampler.stream(prompt, keys, params)
@@ -155,7 +155,7 @@ def stream_answers(models, speaker, conversation, *, params, seed, count=1, **pr
     keys = [draw_key(seed, _CHAT_STEP, text, attempt=attempt, member=member) for member in range(count)]
     answers, rows = [Answer() for _ in keys], [[] for _ in keys]
     started = shown = time.perf_counter()
-    for drawn in models.stream(speaker, ids, keys, params):
+    for drawn in models.stream(speaker, ids, keys, params=params):
         now = time.perf_counter()
         for answer, row, token in zip(answers, rows, drawn, strict=True):
             if token is not None:

@@ -240,7 +240,7 @@ def describe_run(name, lines, state):
 
 
 def describe_sample(row, rewards):
-    """A completion's facts as a Markdown table: right or wrong, extracted against gold, reward by part."""
+    """A completion's facts as Markdown: right or wrong, extracted against gold, reward by part."""
     found, gold = row["extracted"], row["answer"]
     facts = [
         ("verdict", {True: "✓ right", False: "✗ wrong"}.get(row["correct"], "not graded")),
@@ -254,9 +254,7 @@ def describe_sample(row, rewards):
     if row["advantage"] is not None:
         facts.append(("push (advantage)", f"{row['advantage']:+.4f}"))
     facts.append(("problem", f"`{row['problem_id']}`" + (f", {row['tier']}" if row["tier"] else "")))
-    return "| | |\n|---|---|\n" + "\n".join(
-        f"| {name} | {str(text).replace('|', '&#124;')} |" for name, text in facts
-    )
+    return "  \n".join(f"**{name}** {text}" for name, text in facts)
 
 
 def read_preferences(path, defaults):

@@ -134,17 +134,18 @@ def build_samples_tab(find, *, page_rows):
         forward = gr.Button("Next ▶", size="sm", min_width=80, elem_id="samples_next")
         refresh = gr.Button("Refresh lists", size="sm")
     counted = gr.Markdown(elem_id="samples_count")
-    table = gr.Dataframe(headers=list(COLUMNS), interactive=False, elem_id="samples_table", max_height=420)
+    table = gr.Dataframe(headers=list(COLUMNS), interactive=False, elem_id="samples_table", max_height=330)
     details = _build_details()
     number = gr.State(0)
     filters = [source, step, problem, tier, right, low, high, sort, descending]
     outputs = [table, counted, number]
     for move, button in ((-1, back), (1, forward)):
-        button.click(report_errors(partial(_show_page, find, page_rows, move)), [number, *filters], outputs)
-    turn = report_errors(partial(_show_page, find, page_rows, 0, 0))
+        turn_by = partial(_show_page, find, page_rows=page_rows, move=move)
+        button.click(report_errors(turn_by), [number, *filters], outputs)
+    turn = report_errors(partial(_show_page, find, 0, page_rows=page_rows))
 
     def open_sample(source, step, chosen: gr.SelectData):
-        return _open_sample(find, source, step, chosen.row_value[0])
+        return _open_sample(find, source, step, name=chosen.row_value[0])
 
     changed = [step.input, tier.input, right.input, sort.input, descending.input]
     gr.on([*changed, problem.submit, low.submit, high.submit, problem.blur], turn, filters, outputs)
@@ -184,7 +185,7 @@ def _load(find, source, step):
     return load_samples(pick(find(), source), None if step == ALL_STEPS else int(step))
 
 
-def _show_page(find, page_rows, move, number, *filters):
+def _show_page(find, number, *filters, page_rows, move=0):
     """(table, what it is, page number) for the page `move` pages on from `number`."""
     source, step, problem, tier, right, low, high, sort, descending = filters
     if not source:
@@ -234,7 +235,7 @@ def _show_row(row):
     ]
 
 
-def _open_sample(find, source, step, name):
+def _open_sample(find, source, step, *, name):
     samples = _load(find, source, step)
     row = samples.open(name)
     return describe_sample(row, samples.rewards), row["completion"], row["prompt"]

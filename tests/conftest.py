@@ -126,7 +126,7 @@ def demo_run(tmp_path_factory):
         "--save-every",
         1,
     ]
-    words += ["--learning-rate", 0.01, "--warmup", 0]  # large steps: three of them can be told from the base
+    words += ["--learning-rate", 0.003, "--warmup", 0]  # large steps: three of them can be told from the base
     command = [sys.executable, "train_grdpo.py", *map(str, words)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder / "runs" / "demo"
