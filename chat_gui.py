@@ -15,7 +15,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 
 from lib.ask_page import AskPanel
-from lib.chat_page import STYLE
+from lib.chat_page import LAYOUT, STYLE
 from lib.grading import Grader
 from lib.models import locate_model
 from lib.run_page import build_run_tab, build_samples_tab
@@ -57,7 +57,7 @@ def build_page(start, grader):
     runs = partial(find_runs, RUNS, start)
     panel = AskPanel(runs, start, SETTINGS_FILE)
     talk, compare = TalkTab(panel), CompareTab(panel, grader)
-    with gr.Blocks(title="Chat with a checkpoint", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
+    with gr.Blocks(title="Chat with a checkpoint", analytics_enabled=False, **LAYOUT) as demo:
         with gr.Tab("Chat"):
             header = gr.Markdown("## Loading the model …", elem_id="header")
             with gr.Row():

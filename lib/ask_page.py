@@ -67,6 +67,7 @@ class AskPanel:
         chosen.then(show, self.checkpoint, opened)
         self.checkpoint.input(show, self.checkpoint, opened)
         gr.on([self.other.submit, self.open_button.click], show, self.other, opened)
+        self.reset.click(report_errors(partial(self.open, fresh=True)), self.speaking, opened)
         self.refresh.click(report_errors(self.refresh_lists), lists, lists)
         self._remember_changes()
         return [
@@ -90,6 +91,7 @@ class AskPanel:
             temperature = gr.Slider(0, 2, step=0.05, label="Temperature", info=GREEDY, elem_id="temperature")
             tokens = gr.Number(label="Most tokens of an answer", precision=0, minimum=1, elem_id="max_tokens")
             thinking = gr.Dropdown(list(THINKING), label="Thinking")
+            self.reset = gr.Button("As the checkpoint has it", size="sm", elem_id="reset")
         with gr.Accordion("Which tokens are drawn", open=False):
             top_p = gr.Slider(0.01, 1, step=0.01, label="top_p", info="1: off")
             top_k = gr.Number(label="top_k", precision=0, minimum=0, info="0: off")
@@ -165,8 +167,11 @@ class AskPanel:
             pairs += [(self.label(checkpoints[name]), str(checkpoints[name])) for name in names]
         return pairs if path in [place for _, place in pairs] else [*pairs, (self.label(path), path)]
 
-    def open(self, path):
-        """Load a model and fill in how it wants to be asked; what a person set for it last time wins."""
+    def open(self, path, fresh=False):
+        """Load a model and fill in how it wants to be asked; what a person set for it last time wins.
+
+        fresh   what a person set does not count
+        """
         if not path:
             return gr.skip()
         path = resolve_base(path)
@@ -175,7 +180,9 @@ class AskPanel:
         if note:
             gr.Warning(note)
         own = {name: value for name, value in speaker.sampling.items() if name in DEFAULTS}
-        values = DEFAULTS | own | (remembered["settings"] if remembered["model"] == path else {})
+        values = (
+            DEFAULTS | own | (remembered["settings"] if remembered["model"] == path and not fresh else {})
+        )
         thinking = next((name for name, value in THINKING.items() if value is values["thinking"]), "off")
         widgets = list((values | {"thinking": thinking}).values())
         if speaker.adapter:

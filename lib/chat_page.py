@@ -52,6 +52,7 @@ NAMES = {
     "eval/mean_length": "held-out",
     "eval/clipped": "held-out",
 }
+LAYOUT = {"fill_width": True, "delete_cache": (600, 3600)}  # files for download are deleted after an hour [s]
 STYLE = "#plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); }"
 MAX_POINTS = 400  # of a curve that are drawn
 

@@ -175,7 +175,7 @@ class CompareTab:
         self.sides = []
         with gr.Row():
             for side in ("left", "right"):
-                with gr.Column():
+                with gr.Column(min_width=240):
                     share = gr.Markdown(elem_id=f"share_{side}")
                     self.sides += [
                         share,

@@ -362,6 +362,10 @@ def test_two_browsers_do_not_mix_and_settings_are_remembered(one, server, place,
     one.fill("#max_tokens input", "47")
     one.ask("What is 8 + 1?")
     one.until(lambda: json.loads((place / "chat.json").read_text())["settings"]["max_new_tokens"] == 47)
+    one.click("#reset")
+    one.until(lambda: one.find("#max_tokens input").get_attribute("value") == "48")
+    one.fill("#max_tokens input", "47")
+    one.until(lambda: json.loads((place / "chat.json").read_text())["settings"]["max_new_tokens"] == 47)
     two = Browser(tmp_path / "profile", server)
     try:
         assert two.until(lambda: two.find("#max_tokens input").get_attribute("value")) == "47"
