@@ -42,7 +42,12 @@ def data(tmp_path_factory):
 def run(*words, check=True, cwd=ROOT, **options):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     process = subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment, **options
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        **options,
     )
     assert not check or process.returncode == 0, process.stdout + process.stderr
     return process
@@ -57,13 +62,17 @@ def train(folder, data, *words, check=True, **changes):
 def timeless(folder):
     """What a run has written, without what depends on the clock: metrics, completions, adapter weights."""
     metrics = [
-        {name: value for name, value in line.items() if not name.startswith(CLOCKS)} for line in read_metrics(folder)
+        {name: value for name, value in line.items() if not name.startswith(CLOCKS)}
+        for line in read_metrics(folder)
     ]
     completions = [
-        pyarrow.parquet.read_table(path).to_pylist() for path in sorted((folder / "completions").glob("*.parquet"))
+        pyarrow.parquet.read_table(path).to_pylist()
+        for path in sorted((folder / "completions").glob("*.parquet"))
     ]
     weights = (folder / "checkpoints" / "step_000004" / "adapter_model.safetensors").read_bytes()
-    evaluations = [(folder / "evaluation" / name / "summary.json").read_text() for name in ("before", "after")]
+    evaluations = [
+        (folder / "evaluation" / name / "summary.json").read_text() for name in ("before", "after")
+    ]
     return metrics, completions, weights, evaluations
 
 
@@ -89,7 +98,13 @@ def test_a_run_shows_its_steps_and_ends_with_the_table(finished):
     lines = output.splitlines()
     assert [line for line in lines if line.startswith("step ")][3].startswith("step    4  reward ")
     assert "held-out pass@1" in output
-    for row in ("pass@1", "right answer, whatever the format", "right format", "mean length", "clipped share"):
+    for row in (
+        "pass@1",
+        "right answer, whatever the format",
+        "right format",
+        "mean length",
+        "clipped share",
+    ):
         assert any(row in line for line in lines)
     for place in ("curves.png", "checkpoints/best"):
         assert (folder / place).exists()
@@ -140,7 +155,16 @@ def test_ctrl_c_saves_and_says_how_to_continue(finished, data, tmp_path):
 
 def test_the_second_process_on_a_folder_is_refused(data, tmp_path):
     words = [word for pair in SMALL.items() for word in pair]
-    command = [sys.executable, "train_grdpo.py", "--output-dir", tmp_path / "r", *data, *words, "--max-steps", "500"]
+    command = [
+        sys.executable,
+        "train_grdpo.py",
+        "--output-dir",
+        tmp_path / "r",
+        *data,
+        *words,
+        "--max-steps",
+        "500",
+    ]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "r" / "settings.json").exists():
         time.sleep(0.1)
@@ -177,7 +201,15 @@ def test_evaluate_reads_a_run_an_adapter_and_a_model(finished, tmp_path):
         assert "pass@2 " in shown
         assert "pass@5" not in shown
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert {"problems", "samples", "pass@1", "pass@1_ci95", "answer_and_format", "timeouts", "unparsed"} <= set(summary)
+    assert {
+        "problems",
+        "samples",
+        "pass@1",
+        "pass@1_ci95",
+        "answer_and_format",
+        "timeouts",
+        "unparsed",
+    } <= set(summary)
     table = pyarrow.parquet.read_table(tmp_path / "run" / "responses.parquet")
     verl = ["data_source", "prompt", "ability", "reward_model", "extra_info", "responses"]
     assert table.column_names[:6] == verl
@@ -239,16 +271,18 @@ def broken_things(tmp_path_factory):
     import torch
     from peft import LoraConfig
 
-    LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path=str(TINY), task_type="CAUSAL_LM").save_pretrained(
-        adapter
-    )
+    LoraConfig(
+        r=4, target_modules=["q_proj"], base_model_name_or_path=str(TINY), task_type="CAUSAL_LM"
+    ).save_pretrained(adapter)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     safetensors.torch.save_file({name: torch.zeros(4, 999)}, adapter / "adapter_model.safetensors")
     return {"bad_row": folder / "row.jsonl", "bad_gold": folder / "gold.jsonl", "adapter": adapter}
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
-def test_every_mistake_is_one_line_and_exit_code_2(words, message, broken_things, tmp_path, monkeypatch, capsys):
+def test_every_mistake_is_one_line_and_exit_code_2(
+    words, message, broken_things, tmp_path, monkeypatch, capsys
+):
     """In this process, to save the imports: `run_script` is all that a script does."""
     import train_grdpo
     from lib.settings import current_settings, run_script
