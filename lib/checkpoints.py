@@ -27,6 +27,7 @@ from lib.models import SAMPLING_FILE, save_adapter
 from lib.settings import UserError
 
 STATE_JSON, STATE_TENSORS = "trainer_state.json", "trainer_state.safetensors"
+ROW_GROUP = 1000  # rows of a parquet file that are read together, by those who need a few of them
 _TEMPORARY = ".writing-"
 
 
@@ -71,7 +72,7 @@ def write_parquet(path, rows, *, metadata=None):
     """`write_file` of a list of dicts as parquet; `metadata` (texts by name) goes into its schema."""
     table = pyarrow.Table.from_pylist(rows).replace_schema_metadata(metadata)
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink, compression="zstd")
+    pyarrow.parquet.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
     write_file(path, sink.getvalue().to_pybytes())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -22,7 +22,6 @@ from lib.settings import UserError, find_path
 
 SAMPLING_FILE = "sampling.json"  # prompt style and sampling settings beside an adapter
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LORA_WEIGHT = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,12 @@ def locate_model(path):
             f"model not found: {folder} (a model, adapter or run folder, or a hub id like Qwen/Qwen3-1.7B)"
         )
     return ModelPlace(str(path))
+
+
+def resolve_base(path):
+    """One text for one place: the absolute path of a folder, or a hub id as it is."""
+    folder = find_path(path)
+    return str(folder) if folder.is_dir() else str(path)
 
 
 def _newest_checkpoint(checkpoints):
@@ -155,21 +160,53 @@ def check_adapter(place):
     except (OSError, ValueError) as error:
         raise UserError(_explain(place.base, error)) from None
     with torch.device("meta"), _quiet():
-        shapes = {
-            name: weight.shape
-            for name, weight in AutoModelForCausalLM.from_config(config).state_dict().items()
-        }
-    with safetensors.safe_open(place.adapter / "adapter_model.safetensors", framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118  it is no dict
-            match = _LORA_WEIGHT.fullmatch(key)
-            if not match:
-                continue
-            base, ours = shapes.get(match[1] + ".weight"), file.get_slice(key).get_shape()
-            if base is None or (base[1] != ours[1] if match[2] == "A" else base[0] != ours[0]):
-                found = "has no such layer" if base is None else f"is {tuple(base)} there"
-                raise UserError(
-                    f"adapter {place.adapter} does not fit the base {place.base}: {match[1]} {found}"
-                )
+        _check_fit(AutoModelForCausalLM.from_config(config), place.adapter)
+
+
+def attach_adapter(model, folder, name):
+    """Add a saved adapter to a model under `name`; returns the PEFT model. The base is not changed.
+
+    model   a plain causal LM, or a PEFT model that has adapters already
+    UserError, and the model is as before, where the adapter is damaged or belongs to another base.
+    """
+    plain = not isinstance(model, PeftModel)
+    _check_fit(model if plain else model.get_base_model(), folder)
+    try:
+        with _quiet():
+            if plain:
+                model = PeftModel(model, PeftConfig.from_pretrained(folder), adapter_name=name)
+            missing = model.load_adapter(folder, name).missing_keys
+        reason = f"it has no {missing[0]}" if missing else ""
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    if reason:
+        if isinstance(model, PeftModel) and name in model.peft_config:
+            model.unload() if plain else model.delete_adapter(name)
+        raise UserError(f"the adapter {folder} does not fit this base: {reason}")
+    return model.eval()
+
+
+def _check_fit(base, folder):
+    """UserError if the weights of an adapter cannot be read, or a pair of them fits no layer of `base`."""
+    try:
+        with safetensors.safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"the adapter {folder} is damaged: {str(error).splitlines()[0]}") from None
+    layers = {f"base_model.model.{name}": layer for name, layer in base.named_modules()}
+    for name, shape in shapes.items():
+        path, _, matrix = name.partition(".lora_")
+        if matrix not in ("A.weight", "B.weight"):
+            continue  # embeddings and whole modules: PEFT compares them
+        layer = layers.get(path)
+        wanted = layer and (layer.in_features if matrix[0] == "A" else layer.out_features)
+        given = shape[1] if matrix[0] == "A" else shape[0]
+        if wanted != given:
+            found = f"{wanted} wide there" if layer else "not there"
+            raise UserError(
+                f"the adapter {folder} belongs to another base: {path.removeprefix('base_model.model.')} "
+                f"is {given} wide in it and {found}"
+            )
 
 
 def _explain(base, error):

@@ -88,7 +88,14 @@ def render_prompt(tokenizer, problem, style, *, system="", thinking=None):
                default.
     A tokenizer without a chat template gets the plain messages, one paragraph each.
     """
-    messages = build_messages(problem, style, system=system)
+    return render_messages(tokenizer, build_messages(problem, style, system=system), thinking=thinking)
+
+
+def render_messages(tokenizer, messages, *, thinking=None):
+    """Render a conversation (a list of {role, content}) as the exact text the model continues.
+
+    The same as `render_prompt` for a single problem; longer conversations are for the chat page.
+    """
     if not tokenizer.chat_template:
         return "\n\n".join(message["content"] for message in messages) + "\n\n"
     options = {} if thinking is None else {"enable_thinking": thinking}

@@ -111,15 +111,15 @@ class TransformersSampler:
                 asked = self.tokenizer.decode(prompts[start + i], clean_up_tokenization_spaces=False)
                 groups.append(
                     Group(
-                        problem, asked, prompts[start + i], list(ids), self._texts(ids), reasons, list(logps)
+                        problem, asked, prompts[start + i], list(ids), self.texts(ids), reasons, list(logps)
                     )
                 )
         self.model.train(was_training)
         return groups
 
-    def _texts(self, rows):
+    def texts(self, rows):
         """Plain strings, without the end token but with every other special token the model wrote."""
-        bare = [ids[:-1] if ids and ids[-1] in self.end_ids else ids for ids in rows]
+        bare = [ids[:-1] if self.has_ended(ids) else ids for ids in rows]
         return self.tokenizer.batch_decode(
             bare, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -159,6 +159,50 @@ class TransformersSampler:
         rows.keep_cache(source_N)
         return rows, logits_NV
 
+    def _draw(self, logits_NV, rows, params, *, position):
+        """One token per row; ids that the tokenizer does not know are never drawn."""
+        allowed_NV = logits_NV.clone()
+        allowed_NV[:, len(self.tokenizer) :] = -torch.inf
+        token_N = draw_tokens(allowed_NV, params, rows.key_N, position=position, seen_NV=rows.seen_NV)
+        if rows.seen_NV is not None:
+            rows.seen_NV.scatter_(1, token_N[:, None], True)
+        return token_N
+
+    def _advance(self, rows, token_N, *, position):
+        """The logits behind the tokens that were just drawn at `position`."""
+        return self._logits(
+            token_N[:, None],
+            last=0,
+            past_key_values=rows.cache,
+            position_ids=(rows.length_N + position)[:, None],
+            attention_mask=rows.visible_NL[:, None, None, : rows.width + position + 1],
+        )
+
+    @torch.inference_mode()
+    def stream(self, prompt, keys, params):
+        """Decode one prompt for somebody who watches: the same tokens as `sample`, a position at a time.
+
+        prompt   token ids
+        keys     one `draw_key` per completion
+        Yields a list per position: the token id of each completion, None where it has ended before. The model
+        must be in evaluation mode, and may be used for something else between two positions.
+        """
+        rows, logits_NV = self._start([prompt], keys, params)
+        end_E = torch.tensor(self.end_ids, device=logits_NV.device)
+        ended_N = torch.zeros(len(keys), dtype=torch.bool, device=logits_NV.device)
+        for position in range(params.max_new_tokens):
+            token_N = self._draw(logits_NV, rows, params, position=position)
+            pairs = zip(token_N.tolist(), ended_N.tolist(), strict=True)
+            yield [None if ended else token for token, ended in pairs]
+            ended_N |= torch.isin(token_N, end_E)
+            if ended_N.all() or position + 1 == params.max_new_tokens:
+                return
+            logits_NV = self._advance(rows, token_N, position=position)
+
+    def has_ended(self, ids):
+        """Does a completion (token ids) end with an end token?"""
+        return bool(ids) and ids[-1] in self.end_ids
+
     @torch.inference_mode()
     def _decode(self, prompts, keys, params):
         """(token ids, log-probs, finished) of one row per key; rows of a prompt are neighbours."""
@@ -170,14 +214,10 @@ class TransformersSampler:
         total_N = torch.full((len(keys),), limit, device=device)
         finished_N = torch.zeros(len(keys), dtype=torch.bool, device=device)
         for position in range(limit):
-            allowed_NV = logits_NV.clone()
-            allowed_NV[:, len(self.tokenizer) :] = -torch.inf
-            token_N = draw_tokens(allowed_NV, params, rows.key_N, position=position, seen_NV=rows.seen_NV)
+            token_N = self._draw(logits_NV, rows, params, position=position)
             tokens_NT[rows.row_N, position] = token_N
             chosen_N = logits_NV.gather(1, token_N[:, None])[:, 0]
             logps_NT[rows.row_N, position] = chosen_N - logits_NV.logsumexp(dim=-1)
-            if rows.seen_NV is not None:
-                rows.seen_NV.scatter_(1, token_N[:, None], True)
             ended_N = rows.row_N[torch.isin(token_N, end_E) & ~finished_N[rows.row_N]]
             total_N[ended_N] = position + 1
             finished_N[ended_N] = True
@@ -189,13 +229,7 @@ class TransformersSampler:
             if alive <= len(alive_N) * 7 // 8:
                 rows.keep(alive_N.nonzero()[:, 0])
                 token_N = token_N[alive_N]
-            logits_NV = self._logits(
-                token_N[:, None],
-                last=0,
-                past_key_values=rows.cache,
-                position_ids=(rows.length_N + position)[:, None],
-                attention_mask=rows.visible_NL[:, None, None, : rows.width + position + 1],
-            )
+            logits_NV = self._advance(rows, token_N, position=position)
         ids, logps = tokens_NT.tolist(), logps_NT.tolist()
         ends = zip(total_N.tolist(), finished_N.tolist(), strict=True)
         return [(ids[i][:n], logps[i][:n], finished) for i, (n, finished) in enumerate(ends)]

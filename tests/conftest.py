@@ -5,6 +5,7 @@ The hub is offline in every test, here and in the processes that tests start.
 
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,3 +90,42 @@ def make_groups():
         return groups
 
     return make
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    """The folder runs/demo of three real training steps, beside nothing else. Read it, do not change it."""
+    folder = tmp_path_factory.mktemp("demo")
+    words = []
+    for name in ("valid", "test"):
+        lines = (ROOT / "data" / "tiny" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:: len(lines) // 4]))
+        words += [f"--{name}-data", folder / f"{name}.jsonl"]
+    words += [
+        "--output-dir",
+        folder / "runs" / "demo",
+        "--max-steps",
+        3,
+        "--group-size",
+        6,
+        "--report-to",
+        "none",
+    ]
+    words += [
+        "--easy",
+        1,
+        "--medium",
+        1,
+        "--hard",
+        1,
+        "--eval-samples",
+        2,
+        "--eval-every",
+        1,
+        "--save-every",
+        1,
+    ]
+    words += ["--learning-rate", 0.003, "--warmup", 0]  # large steps: three of them can be told from the base
+    command = [sys.executable, "train_grdpo.py", *map(str, words)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder / "runs" / "demo"

@@ -244,7 +244,7 @@ MISTAKES = [
     (["--rewards", "length_decay(start=9,end=1):1"], "needs 0 <= start < end"),
     (["--model", "nowhere/at/all"], "model not found"),
     (["--model", "data"], "is no model, adapter or run folder: it has no config.json"),
-    (["--model", "{adapter}"], "does not fit the base"),
+    (["--model", "{adapter}"], "belongs to another base"),
     (["--train-data", "nowhere.jsonl"], "data not found"),
     (["--train-data", "{bad_row}"], "row 2: field answer: missing"),
     (["--train-data", "{bad_gold}"], "cannot be read as mathematics"),
