@@ -78,7 +78,7 @@ def test_nothing_is_left_running():
     grader = Grader(workers=2, seconds=0.5)
     grader.grade(["9**9**9**9", "{" * 100_000], ["5", "6"])
     pids = subprocess.run(
-        ["pgrep", "-f", "lib/grading.py 0.5"], capture_output=True, text=True
+        ["pgrep", "-f", "lib/grading_worker.py 0.5"], capture_output=True, text=True
     ).stdout.split()
     assert len(pids) >= 2
     grader.close()

@@ -1,0 +1,69 @@
+"""How an evaluation is shown: tables for the terminal, curves as pictures."""
+
+import re
+
+from rich.console import Console
+from rich.table import Table
+
+# rows of a table: key of the summary, what it is called, format
+ROWS = (
+    ("problems", "problems", "{:d}"),
+    ("samples", "samples per problem", "{:d}"),
+    *((r"pass@\d+", "", "{:.3f}"), (r"maj@\d+", "", "{:.3f}"), (r"avg@\d+", "", "{:.3f}")),
+    ("answer_and_format", "right answer and format", "{:.3f}"),
+    ("answer", "right answer, whatever the format", "{:.3f}"),
+    ("format", "right format", "{:.3f}"),
+    ("mean_length", "mean length", "{:.1f}"),
+    (r"length_p\d+", "", "{:.0f}"),
+    ("clipped", "clipped share", "{:.3f}"),
+    ("timeouts", "timeouts while grading", "{:d}"),
+    ("unparsed", "answers that are no mathematics", "{:d}"),
+)
+
+
+def print_summary(title, summary):
+    """Print one evaluation: a row per number, a column for all and for each tier and data source."""
+    columns = {"all": summary} | summary.get("tiers", {}) | summary.get("data_sources", {})
+    table = Table(title=title, title_justify="left")
+    for name in ("", *columns):
+        table.add_column(name, justify="right" if name else "left")
+    for pattern, label, form in ROWS:
+        for key in [key for key in summary if re.fullmatch(pattern, key)]:
+            cells = [_show(one, key, form) for one in columns.values()]
+            unit = "tokens" if summary.get("length_in_tokens", True) else "characters"
+            table.add_row((label or key) + (f" [{unit}]" if "length" in key else ""), *cells)
+    _console().print(table, markup=False)
+
+
+def print_difference(title, difference):
+    """Print a paired comparison (`passk.compare_pairs`): how much better, and how sure that is."""
+    table = Table(title=f"{title}, on {difference['problems']} problems", title_justify="left")
+    for name in ("", "difference", "95 % interval", ""):
+        table.add_column(name, justify="right" if name else "left")
+    for key, value in difference.items():
+        if f"{key}_ci95" in difference:
+            low, high = difference[f"{key}_ci95"]
+            verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+            table.add_row(key, f"{value:+.3f}", f"{low:+.3f} to {high:+.3f}", verdict)
+    _console().print(table, markup=False)
+
+
+def print_disagreements(differ, shown, *, names):
+    """Print the first answers that two graders judge differently (`regrading.find_disagreements`)."""
+    print(f"{names[0]} and {names[1]} differ on {len(differ)} answers (each counted once)")
+    for gold, answer, *verdicts in differ[:shown]:
+        said = ", ".join(
+            f"{'right' if right else 'wrong'} by {name}" for name, right in zip(names, verdicts, strict=True)
+        )
+        print(f"  gold {gold!r}, answer {answer!r}: {said}")
+
+
+def _show(summary, key, form):
+    if key not in summary:
+        return ""
+    limits = summary.get(f"{key}_ci95")
+    return form.format(summary[key]) + (f"  ({limits[0]:.2f} to {limits[1]:.2f})" if limits else "")
+
+
+def _console():
+    return Console(highlight=False, soft_wrap=True, markup=False)
