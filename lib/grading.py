@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,9 +25,12 @@ from pathlib import Path
 from queue import SimpleQueue
 
 CACHE_SIZE = 200_000  # verdicts kept
+MAX_ANSWER = 2000  # characters; what is longer is no answer to be read as mathematics
+STRIKES = 2  # an answer that ran out of time against so many gold answers is not tried against another
 _WORKER = Path(__file__).with_name("grading_worker.py")
 
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_FRACTION = re.compile(r"([+-]?)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+))")
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,22 @@ def compare_plain(gold, answer):
     gold, answer = normalise(gold), normalise(answer)
     if gold and gold == answer:
         return True
-    if len(gold) > 40 or len(answer) > 40 or not (_NUMBER.fullmatch(gold) and _NUMBER.fullmatch(answer)):
+    values = [_read_number(text) if len(text) <= 40 else None for text in (gold, answer)]
+    if None in values:
         return None
-    if Fraction(gold.replace(",", "")) == Fraction(answer.replace(",", "")):
+    if values[0] == values[1]:
         return True
     return None if "." in gold + answer else False
+
+
+def _read_number(text):
+    """The exact value of a number or of a fraction of two whole numbers, else None."""
+    if _NUMBER.fullmatch(text):
+        return Fraction(text.replace(",", ""))
+    parts = _FRACTION.fullmatch(text)
+    if not parts or not int(parts[3] or parts[5]):
+        return None
+    return Fraction(int(parts[1] + (parts[2] or parts[4])), int(parts[3] or parts[5]))
 
 
 class Grader:
@@ -87,6 +101,7 @@ class Grader:
         self.seconds = seconds
         self.timeouts = self.unparsed = 0
         self._judge = judge
+        self._strikes = Counter()  # by answer: gold answers against which it ran out of time
         self._workers = workers or max(1, min(8, len(os.sched_getaffinity(0))))
         self._cache = OrderedDict()
         self._lock = threading.Lock()
@@ -143,6 +158,8 @@ class Grader:
         plain = compare_plain(gold, answer) if self._judge is None else None
         if plain is not None:
             return Verdict(correct=plain)
+        if len(answer) > MAX_ANSWER and len(answer) > 2 * len(gold):
+            return Verdict(unparsed=True)
         with self._lock:
             return self._cache.get((gold, answer))
 
@@ -159,6 +176,8 @@ class Grader:
         return list(threads.map(self._ask, pairs))
 
     def _ask(self, pair):
+        if self._strikes[pair[1]] >= STRIKES and pair[1] is not None:
+            return Verdict(timed_out=True)
         idle = self._idle
         supervisor = idle.get()
         try:
@@ -175,4 +194,7 @@ class Grader:
             idle.put(supervisor)
         if not line:
             raise RuntimeError("the grading process ended: is math-verify installed (requirements.txt)?")
-        return Verdict(**json.loads(line))
+        verdict = Verdict(**json.loads(line))
+        with self._lock:
+            self._strikes[pair[1]] += verdict.timed_out
+        return verdict

@@ -152,7 +152,10 @@ def supervise(seconds, place="standard"):
             child.kill()
             child = _Child(seconds, judge)
             reply = json.dumps({"timed_out": True}).encode() + b"\n"
-        replies.write(reply)
+        try:
+            replies.write(reply)
+        except BrokenPipeError:  # who asked is gone
+            break
     child.kill()
 
 

@@ -26,7 +26,7 @@ def print_summary(title, summary):
     columns = {"all": summary} | summary.get("tiers", {}) | summary.get("data_sources", {})
     table = Table(title=title, title_justify="left")
     for name in ("", *columns):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for pattern, label, form in ROWS:
         for key in [key for key in summary if re.fullmatch(pattern, key)]:
             cells = [_show(one, key, form) for one in columns.values()]
@@ -66,4 +66,6 @@ def _show(summary, key, form):
 
 
 def _console():
-    return Console(highlight=False, soft_wrap=True, markup=False)
+    """As wide as the terminal; in a file or a pipe nothing is broken into two lines."""
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=200)
