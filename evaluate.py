@@ -120,7 +120,8 @@ def list_jobs(place, folder):
 def evaluate_one(engine, place, folder, *, problems, how, said):
     """Evaluate one model into its folder, or go on with that; nothing is done where it is finished."""
     adapter = place.adapter and hash_input(place.adapter / "adapter_model.safetensors")
-    with Journal(folder, said | {"model": place.base, "adapter": adapter}, fresh=FRESH) as journal:
+    base = str(find_path(place.base)) if find_path(place.base).is_dir() else place.base
+    with Journal(folder, said | {"model": base, "adapter": adapter}, fresh=FRESH) as journal:
         if not journal.finished:
             with engine.answering_as(place) as sampler:
                 groups = evaluate_problems(sampler, problems, journal=journal, **how)

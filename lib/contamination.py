@@ -10,20 +10,21 @@ import re
 RUN = 13  # words
 
 _WORD = re.compile(r"[^\W_]+")
+_SIGN = re.compile(r"[^\W_]+|[-+*/^=<>!]")
 
 
 def normalise_text(text):
-    """Lower case words and numbers, separated by blanks: what is compared.
+    """Lower case words, numbers and signs of arithmetic, separated by blanks: what is compared as a whole.
 
     >>> normalise_text("What is $2+3$,\\n please?")
-    'what is 2 3 please'
+    'what is 2 + 3 please'
     """
-    return " ".join(_WORD.findall(text.lower()))
+    return " ".join(_SIGN.findall(text.lower()))
 
 
 def list_runs(text, *, length=RUN):
     """The set of all runs of `length` words in a text."""
-    words = normalise_text(text).split()
+    words = _WORD.findall(text.lower())
     return {" ".join(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 

@@ -134,7 +134,11 @@ class Journal:
         for name in OWN_FILES if fresh else ():
             for path in self.folder.glob(name):
                 path.unlink()
-        self._compare(json.loads(json.dumps(settings)))
+        try:
+            self._compare(json.loads(json.dumps(settings)))
+        except UserError:
+            os.close(self._lock)
+            raise
         self.finished = (self.folder / "summary.json").is_file()
         self._path = self.folder / "answers.jsonl"
 
