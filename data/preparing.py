@@ -82,7 +82,7 @@ def prepare(plan, convert):
 
 def _select(plan, convert, folder):
     """(problems kept, [(row number from 1, reason)], rows read)."""
-    kept, dropped, seen, number = [], [], {}, 0
+    kept, dropped, seen, ids, number = [], [], {}, {}, 0
     for number, row in enumerate(iterate_rows(plan), start=1):
         if not isinstance(row, dict):
             raise UserError(f"{plan.source}, row {number}: not a JSON object")
@@ -93,7 +93,12 @@ def _select(plan, convert, folder):
             first = seen.setdefault(normalise_text(problem["problem"]), number)
             problem, reason = (problem, None) if first == number else (None, "duplicate")
         if problem:
-            kept.append((number, {"id": str(number - 1)} | problem))
+            if (
+                problem.get("id") is None or problem["id"] in ids
+            ):  # the data set's own ids where they are unique
+                problem = problem | {"id": f"row{number}"}
+            ids[problem["id"]] = number
+            kept.append((number, problem))
         else:
             dropped.append((number, reason))
     unreadable = set(_find_unreadable([row["answer"] for _, row in kept], folder / "checked.jsonl"))
