@@ -82,7 +82,7 @@ def load_judge(place):
     return judge
 
 
-def _work(requests, replies, seconds, judge):
+def _work(requests, replies, *, seconds, judge):
     """The child: judge until the pipe closes. A limit on CPU time ends it where nobody is left to kill it."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     with os.fdopen(requests) as lines, os.fdopen(replies, "w") as out:
@@ -110,7 +110,7 @@ class _Child:
             os.close(self.replies)
             status = 1
             with contextlib.suppress(KeyboardInterrupt):
-                _work(request_end, reply_end, seconds, judge)
+                _work(request_end, reply_end, seconds=seconds, judge=judge)
                 status = 0
             os._exit(status)
         os.close(request_end)

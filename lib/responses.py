@@ -68,7 +68,7 @@ def read_responses(path, *, columns=None, style=None):
     wanted = {kind: name for kind, name in (columns or {}).items() if name}
     answered, merged, raw = [], {}, []
     for number, row in enumerate(rows, start=1):
-        one, is_single = _read_row(row, number, file, wanted)
+        one, is_single = _read_row(row, wanted, number=number, file=file)
         prompts = _list_prompts(row, one.problem.problem)
         raw += [prompts[0], one.completions[0][:2000]] if len(raw) < 40 else []
         one.completions = [_clean(text, prompts) for text in one.completions]
@@ -147,7 +147,7 @@ def _look(row, name):
     return row
 
 
-def _read_row(row, number, file, wanted):
+def _read_row(row, wanted, *, number, file):
     """(`Answered`, does the row hold one answer only) of one row."""
 
     def reject(kind, reason):

@@ -214,3 +214,11 @@ def test_a_prompt_example_is_not_an_answer(check, tmp_path):
     rows = [{"problem": "c?", "answer": "42", "generations": [asked + "\nI do not know."]}]
     summary = json.loads(check("--responses", save(tmp_path / "r.json", rows), "--json"))
     assert summary["pass@1"] == summary["answer"] == summary["format"] == 0
+
+
+def test_each_data_source_has_its_own_column(check, tmp_path):
+    rows = [row | {"data_source": name} for row, name in zip(ROWS, ("gsm8k", "math"), strict=True)]
+    file = save(tmp_path / "r.json", rows)
+    summary = json.loads(check("--responses", file, "--json"))
+    assert {name: one["pass@1"] for name, one in summary["data_sources"].items()} == {"gsm8k": 0.5, "math": 0}
+    assert "gsm8k" in check("--responses", file)
