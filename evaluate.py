@@ -1,167 +1,171 @@
 """Sample k answers per problem with a model or a checkpoint, and report pass@k.
 
-    python evaluate.py --model runs/grdpo                           # the best checkpoint of a run
-    python evaluate.py --model data/tiny-qwen3 --samples 10         # the base it started from
+    python evaluate.py --model runs/grdpo                              # the best checkpoint of a run
+    python evaluate.py --model runs/grdpo --compare base               # and is it better than its base?
+    python evaluate.py --model runs/grdpo --checkpoints all            # pass@k over the steps of a run
     python evaluate.py --model Qwen/Qwen3-1.7B --data my_problems.jsonl --max-new-tokens 2000
+    python evaluate.py --data their.parquet --problem-column question --answer-column final
 
 pass@k is the probability that at least one of k samples is right: the answer extracted in the prompt's style
 equals the gold answer. Beside it stand right answers whatever the format, and right format, so that the two
-can be told apart. Prompt style and thinking flag are those the checkpoint was trained with, unless set here.
+can be told apart. Prompt, thinking and sampling are those the checkpoint was trained with, unless set here.
+Interrupted (Ctrl-C, kill -9, power cut) and started again, it goes on where it was; finished, it prints its
+table again. `check_eval.py --responses FOLDER` grades the saved answers once more.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from lib.batches import load_problems
-from lib.checkpoints import write_json, write_parquet
-from lib.draws import SamplingParams
+from lib.batches import load_problems, refuse_duplicates
+from lib.checkpoints import write_json
+from lib.contamination import find_contaminated
+from lib.evaluation import (  # noqa: F401  part of this script for others
+    Engine,
+    Journal,
+    choose_sampling,
+    evaluate_problems,
+    list_checkpoints,
+    save_evaluation,
+    summarise_groups,
+)
 from lib.grading import Grader
-from lib.models import load_model, load_tokenizer, locate_model
-from lib.passk import PASS_K, summarise
-from lib.prompts import build_messages, encode_prompt, find_style
+from lib.models import load_tokenizer, locate_model
+from lib.prompts import encode_prompt, find_style
+from lib.provenance import hash_input
+from lib.regrading import compare_files, describe_answered, grade_answered
+from lib.responses import read_responses
 from lib.rewards import grade_groups
-from lib.sampler import TransformersSampler
-from lib.settings import UserError, run_script
+from lib.settings import find_path, run_script
+from lib.tables import draw_pass_curves, draw_step_curve, print_difference, print_summary
 
 # --- what is evaluated
 MODEL = "data/tiny-qwen3"  # model, adapter or run folder, or a hub id
 DATA = "data/tiny/test.jsonl"  # problems: .jsonl or .parquet file, or a hub id
+PROBLEM_COLUMN: str | None = None  # its name in DATA where it is not `problem`; a dot goes deeper
+ANSWER_COLUMN: str | None = None  # the gold answer's name in DATA where it is not `answer`
 MAX_PROBLEMS: int | None = None  # >= 1, only the first so many; none is all
-OUTPUT: str | None = None  # folder for responses.parquet and summary.json; none is evaluations/MODEL-DATA
+CHECKPOINTS: str | None = None  # all, or steps of a run: 0,10,20 (0 or base is the base; best too)
+COMPARE: str | None = None  # base, another model, or a folder of answers: how much better, with an interval
+TRAIN_DATA: str | None = None  # training problems: those of DATA that stand there too are reported
+OUTPUT: str | None = None  # folder for the results; none is evaluations/MODEL-DATA
+FRESH = False  # start over in OUTPUT: deletes what an earlier evaluation wrote there
 
-# --- how it is sampled
+# --- how it is sampled: none takes what the checkpoint says
 SAMPLES = 10  # >= 1, answers per problem
-TEMPERATURE = 0.7  # >= 0, 0 is greedy
-TOP_P = 1.0  # > 0 and <= 1, sample from the smallest set of tokens with this much probability
-TOP_K = 0  # >= 0, sample from so many most likely tokens; 0 is off
-MIN_P = 0.0  # >= 0 and <= 1, drop tokens less likely than this share of the likeliest
-MAX_NEW_TOKENS: int | None = None  # >= 1, tokens per answer; none takes the checkpoint's, else 1000
-PROMPT: str | None = None  # answer_tag | boxed | think_answer: none takes the checkpoint's, else answer_tag
-SYSTEM_PROMPT: str | None = None  # text before the problem; none takes the checkpoint's, else nothing
-THINKING: bool | None = None  # Qwen3's thinking flag; none takes the checkpoint's, else the template's
+TEMPERATURE: float | None = None  # >= 0, 0 is greedy, one sample; none: the checkpoint's, else 0.7
+TOP_P: float | None = None  # > 0 and <= 1, sample from the smallest set of tokens with this much probability
+TOP_K: int | None = None  # >= 0, sample from so many most likely tokens; 0 is off
+MIN_P: float | None = None  # >= 0 and <= 1, drop tokens less likely than this share of the likeliest
+REPETITION_PENALTY: float | None = None  # > 0, 1 is off
+MAX_NEW_TOKENS: int | None = None  # >= 1, tokens per answer; none: the checkpoint's, else 1000
+PROMPT: str | None = None  # answer_tag | boxed | think_answer: none: the checkpoint's, else answer_tag
+SYSTEM_PROMPT: str | None = None  # text before the problem; none: the checkpoint's, else nothing
+THINKING: bool | None = None  # Qwen3's thinking flag; none: the checkpoint's, else the template's
 SEED = 1  # every draw is a function of it
 
 # --- how it runs
-ROWS = 1024  # >= 1, answers decoded at once: memory against speed
+ROWS = 1024  # >= 1, answers decoded at once: memory against speed, and how often they are saved
 GRADING_SECONDS = 5.0  # > 0, wall-clock limit for comparing one answer [s]
 
 
-def evaluate_problems(sampler, problems, *, ask, samples, params, grade, seed):
-    """Sample `samples` answers to every problem and grade them: a list of graded groups.
-
-    ask     problem text -> prompt token ids
-    grade   fills the grades of groups (`rewards.grade_groups` with style and grader bound)
-    The draws use step -1, so that no training step shares them.
-    """
-    groups, right = [], []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("evaluating", total=len(problems))
-        batch = max(1, sampler.max_rows // samples)
-        for start in range(0, len(problems), batch):
-            chosen = problems[start : start + batch]
-            prompts = [ask(problem.problem) for problem in chosen]
-            sampled = sampler.sample(chosen, prompts, params, group_size=samples, seed=seed, step=-1)
-            groups += grade(sampled)
-            right += [one.correct for group in sampled for one in group.grades]
-            bar.update(
-                task, advance=len(chosen), description=f"evaluating, pass@1 {sum(right) / len(right):.3f}"
-            )
-    return groups
+def read_problems(grader):
+    """The problems of DATA, each once, and a word on those that TRAIN_DATA has, too."""
+    columns = {"problem": PROBLEM_COLUMN, "answer": ANSWER_COLUMN}
+    problems = load_problems(DATA, grader=grader, columns=columns)
+    refuse_duplicates(problems, DATA)
+    problems = problems[:MAX_PROBLEMS]
+    if TRAIN_DATA:
+        train = [problem.problem for problem in load_problems(TRAIN_DATA)]
+        found = find_contaminated(train, [problem.problem for problem in problems])
+        print(f"{len(found)} of {len(problems)} problems stand in {TRAIN_DATA}, too")
+        for i, j, how in found[:10]:
+            print(f"  row {i + 1}, by {how}: row {j + 1} there: {problems[i].problem[:60]!r}")
+    return problems
 
 
-def summarise_groups(groups):
-    """The summary (see `passk.summarise`) of graded groups."""
-    return summarise(
-        [
-            {
-                "correct": [grade.correct for grade in group.grades],
-                "answer_correct": [grade.answer_correct for grade in group.grades],
-                "formatted": [grade.formatted for grade in group.grades],
-                "answers": [grade.answer for grade in group.grades],
-                "timed_out": [grade.timed_out for grade in group.grades],
-                "unparsed": [grade.unparsed for grade in group.grades],
-                "tokens": [len(ids) for ids in group.completion_ids],
-                "clipped": [reason == "length" for reason in group.finish_reasons],
-            }
-            for group in groups
+def choose_how(place, grader, tokenizer):
+    """(how to sample and grade, what of it is worth recording): the same for every model of a comparison."""
+    trained = place.sampling or {}
+    style = find_style(PROMPT or trained.get("prompt", "answer_tag")).name
+    system = trained.get("system", "") if SYSTEM_PROMPT is None else SYSTEM_PROMPT
+    thinking = trained.get("thinking") if THINKING is None else THINKING
+    changes = {"temperature": TEMPERATURE, "top_p": TOP_P, "top_k": TOP_K, "min_p": MIN_P}
+    changes |= {"repetition_penalty": REPETITION_PENALTY, "max_new_tokens": MAX_NEW_TOKENS}
+    params = choose_sampling(trained, changes)
+    samples = 1 if params.temperature == 0 else SAMPLES
+    ask = partial(encode_prompt, tokenizer, style=style, system=system, thinking=thinking)
+    grade = partial(grade_groups, style=style, grader=grader)
+    said = {"style": style, "system": system, "thinking": thinking, "samples": samples, "seed": SEED}
+    said |= vars(params) | {"data": hash_input(DATA), "max_problems": MAX_PROBLEMS}
+    said |= {"problem_column": PROBLEM_COLUMN, "answer_column": ANSWER_COLUMN}
+    return {"ask": ask, "grade": grade, "params": params, "samples": samples, "seed": SEED}, said
+
+
+def list_jobs(place, folder):
+    """[(folder, step or None, model)] to evaluate, and the answers to compare with (a place) or None."""
+    if CHECKPOINTS:
+        jobs = [
+            (folder / f"step_{step:06d}", step, one) for step, one in list_checkpoints(MODEL, CHECKPOINTS)
         ]
-    )
+    else:
+        jobs = [(folder, None, place)]
+    if not COMPARE:
+        return jobs, None
+    if find_path(COMPARE).is_file() or (find_path(COMPARE) / "responses.parquet").is_file():
+        return jobs, COMPARE
+    other = locate_model(place.base if COMPARE == "base" else COMPARE)
+    return [*jobs, (folder / "compared_with", None, other)], folder / "compared_with"
 
 
-def save_evaluation(folder, groups, *, style):
-    """Write responses.parquet (verl's columns and ours) and summary.json to `folder`; return the summary."""
-    rows = [
-        {
-            "data_source": group.problem.source,
-            "prompt": build_messages(group.problem.problem, style),
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": group.problem.answer},
-            "extra_info": {
-                "index": group.problem.id,
-                "tier": group.problem.tier,
-                "problem": group.problem.problem,
-            },
-            "responses": group.completions,
-            "response_tokens": [len(ids) for ids in group.completion_ids],
-            "finish_reasons": group.finish_reasons,
-        }
-        for group in groups
-    ]
-    summary = summarise_groups(groups)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_parquet(folder / "responses.parquet", rows, metadata={"prompt": style})
-    write_json(folder / "summary.json", summary)
-    return summary
+def evaluate_one(engine, place, folder, *, problems, how, said):
+    """Evaluate one model into its folder, or go on with that; nothing is done where it is finished."""
+    adapter = place.adapter and hash_input(place.adapter / "adapter_model.safetensors")
+    base = str(find_path(place.base)) if find_path(place.base).is_dir() else place.base
+    with Journal(folder, said | {"model": base, "adapter": adapter}, fresh=FRESH) as journal:
+        if not journal.finished:
+            with engine.answering_as(place) as sampler:
+                groups = evaluate_problems(sampler, problems, journal=journal, **how)
+            journal.finish(groups, style=said["style"])
+
+
+def report(jobs, theirs, grader):
+    """Print and draw what the finished evaluations say; the grader still knows the verdicts."""
+    read = {}
+    for path in dict.fromkeys([*(folder for folder, _, _ in jobs), *filter(None, [theirs])]):
+        answered, style = read_responses(path)
+        grade_answered(answered, style=style, grader=grader)
+        read[path] = (str(path), answered, *describe_answered(answered, None))
+        print_summary(f"{path}, style {style}", read[path][3])
+    points = [(step, read[folder][3]) for folder, step, _ in jobs if step is not None]
+    first = jobs[0][0]
+    if theirs:
+        mine = [read[folder] for folder, _, _ in jobs if folder != theirs]
+        for name, difference in compare_files([*mine, read[theirs]]).items():
+            print_difference(name, difference)
+    if points:
+        write_json(first.parent / "curve.json", [{"step": step} | one for step, one in points])
+        draw_step_curve(first.parent / "curve.png", sorted(points, key=lambda one: one[0]), title=MODEL)
+        print(f"curve: {first.parent / 'curve.png'}")
+    else:
+        draw_pass_curves(first / "pass_at_k.png", {path: one[3] for path, one in read.items()}, title=MODEL)
+        print(f"answers: {first / 'responses.parquet'}, curve: {first / 'pass_at_k.png'}")
 
 
 def main():
     # Cheap failures first: nothing is loaded before names, data and gold answers are known to be good.
     place = locate_model(MODEL)
-    trained = place.sampling or {}
-    style = find_style(PROMPT or trained.get("prompt", "answer_tag")).name
-    system = trained.get("system", "") if SYSTEM_PROMPT is None else SYSTEM_PROMPT
-    thinking = trained.get("thinking") if THINKING is None else THINKING
-    folder = Path(OUTPUT or Path("evaluations") / f"{Path(MODEL).name}-{Path(DATA).stem}").expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file; it must be a folder")
+    folder = Path(OUTPUT or Path("evaluations") / f"{find_path(MODEL).name}-{Path(DATA).stem}").expanduser()
+    jobs, theirs = list_jobs(place, folder)
     with Grader(seconds=GRADING_SECONDS) as grader:
-        problems = load_problems(DATA, grader=grader)[:MAX_PROBLEMS]
+        problems = read_problems(grader)
         tokenizer = load_tokenizer(place)
-        ask = partial(encode_prompt, tokenizer, style=style, system=system, thinking=thinking)
-        params = SamplingParams(
-            temperature=TEMPERATURE,
-            top_p=TOP_P,
-            top_k=TOP_K,
-            min_p=MIN_P,
-            max_new_tokens=MAX_NEW_TOKENS or trained.get("max_new_tokens", 1000),
-        )
-        groups = evaluate_problems(
-            TransformersSampler(load_model(place), tokenizer, max_rows=ROWS),
-            problems,
-            ask=ask,
-            samples=SAMPLES,
-            params=params,
-            grade=partial(grade_groups, style=style, grader=grader),
-            seed=SEED,
-        )
-    summary = save_evaluation(folder, groups, style=style)
-    print(
-        f"{MODEL}: {len(problems)} problems x {SAMPLES} samples at temperature {TEMPERATURE:g}, style {style}"
-    )
-    for k in PASS_K:
-        if k <= SAMPLES:
-            low, high = summary[f"pass@{k}_ci95"]
-            print(f"  pass@{k:<3d} {summary[f'pass@{k}']:.3f}   95 % interval {low:.3f} to {high:.3f}")
-    rest = ("answer_and_format", "answer", "format", "mean_length", "clipped", "timeouts", "unparsed")
-    print("  " + json.dumps({key: round(summary[key], 3) for key in rest})[1:-1].replace('"', ""))
-    print(f"answers: {folder / 'responses.parquet'}")
+        how, said = choose_how(place, grader, tokenizer)
+        heat = f"temperature {how['params'].temperature:g}"
+        print(f"{MODEL}: {len(problems)} problems x {how['samples']} samples at {heat}")
+        engine = Engine([one for _, _, one in jobs], tokenizer, max_rows=ROWS)
+        for path, _, one in jobs:
+            evaluate_one(engine, one, path, problems=problems, how=how, said=said)
+        report(jobs, theirs, grader)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,9 @@ from functools import partial
 
 import torch
 
-from evaluate import TEMPERATURE as EVAL_TEMPERATURE
-from evaluate import evaluate_problems, save_evaluation, summarise_groups
 from lib.batches import Steps, drop_long_prompts, load_problems
 from lib.draws import SamplingParams
+from lib.evaluation import EVAL_TEMPERATURE, evaluate_problems, save_evaluation, summarise_groups
 from lib.grading import Grader
 from lib.losses import count_silent_groups, grdpo, sequence_logprob
 from lib.models import load_tokenizer, load_trainable, locate_model

@@ -23,10 +23,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from tiny_text import draw_sum  # noqa: E402
 
-from evaluate import evaluate_problems  # noqa: E402
 from lib.batches import Problem  # noqa: E402
 from lib.checkpoints import write_file  # noqa: E402
 from lib.draws import SamplingParams  # noqa: E402
+from lib.evaluation import evaluate_problems  # noqa: E402
 from lib.grading import Grader  # noqa: E402
 from lib.models import load_model, load_tokenizer, locate_model  # noqa: E402
 from lib.prompts import encode_prompt, extract_any_answer  # noqa: E402

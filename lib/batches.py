@@ -29,15 +29,19 @@ class Problem:
     columns: dict = field(default_factory=dict, compare=False, repr=False)
 
 
-def load_problems(path, *, grader=None):
+def load_problems(path, *, grader=None, columns=None):
     """Read problems from a JSONL or parquet file, or from a data set of the hub.
 
     path     a file, or a hub id (`owner/name`, its train split)
     grader   a `grading.Grader`; given one, gold answers that it cannot read as mathematics are an error, too
+    columns  {"problem": its name in the file, "answer": ...}; None stands for the usual name
     Returns a list of `Problem`. UserError names the file, the row (counted from 1) and the wrong field.
     """
     rows, name = _read_rows(path)
-    problems = [_read_problem(row, index, name) for index, row in enumerate(rows)]
+    problems = [
+        _read_problem(_rename(row, columns or {}, f"{name}, row {number}"), number - 1, name)
+        for number, row in enumerate(rows, start=1)
+    ]
     if not problems:
         raise UserError(f"{name} has no rows")
     seen = {}
@@ -92,6 +96,28 @@ def _read_json_lines(file):
         except json.JSONDecodeError as error:
             raise UserError(f"{file}, row {number}: not a JSON object ({error.msg})") from None
     return rows
+
+
+def _rename(row, columns, place):
+    """A row with our names for the columns that are called otherwise; a dot goes into a nested one."""
+    for ours, theirs in columns.items():
+        value = row if theirs else None
+        for part in theirs.split(".") if theirs else ():
+            if not isinstance(value, dict) or part not in value:
+                raise UserError(f"{place}: --{ours}-column {theirs}: the row has {', '.join(row)}")
+            value = value[part]
+        row = row | {ours: value} if theirs else row
+    return row
+
+
+def refuse_duplicates(problems, path):
+    """UserError where the same problem is asked twice: it would count twice in every number."""
+    seen = {}
+    for row, problem in enumerate(problems, start=1):
+        first = seen.setdefault(" ".join(problem.problem.split()), row)
+        if first != row:
+            text = f"{problem.problem[:60]!r}: drop one of them"
+            raise UserError(f"{path}, row {row}: field problem: the same as in row {first}: {text}")
 
 
 def _read_problem(row, index, name):

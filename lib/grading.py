@@ -8,34 +8,29 @@ computes a huge power. So every comparison here runs in a child process that can
 A child that overruns its wall-clock limit is killed and forked anew in milliseconds, because the supervisor
 has imported everything already. `Grader` may be used from several threads; verdicts are cached.
 
-Run as a program (`python lib/grading.py SECONDS`) this file is the supervisor.
+Both are in grading_worker.py.
 """
 
-import contextlib
 import json
-import logging
 import os
 import re
-import resource
-import select
-import signal
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from queue import SimpleQueue
 
 CACHE_SIZE = 200_000  # verdicts kept
-MEMORY_LIMIT = 4 * 2**30  # bytes of address space a child may take: 9**9**9**9 ends here, not in the swap
+MAX_ANSWER = 2000  # characters; what is longer is no answer to be read as mathematics
+STRIKES = 2  # an answer that ran out of time against so many gold answers is not tried against another
+_WORKER = Path(__file__).with_name("grading_worker.py")
 
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
-_COMMAND = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+")
-_WORDS = re.compile(
-    r"[$=]|[A-Za-z]{2}|\d\s+[A-Za-z]\b|\b[A-Za-z]\s+\d|^[^(\[{]*,"
-)  # more than one bare formula
+_FRACTION = re.compile(r"([+-]?)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+))")
 
 
 @dataclass(frozen=True)
@@ -72,11 +67,22 @@ def compare_plain(gold, answer):
     gold, answer = normalise(gold), normalise(answer)
     if gold and gold == answer:
         return True
-    if len(gold) > 40 or len(answer) > 40 or not (_NUMBER.fullmatch(gold) and _NUMBER.fullmatch(answer)):
+    values = [_read_number(text) if len(text) <= 40 else None for text in (gold, answer)]
+    if None in values:
         return None
-    if Fraction(gold.replace(",", "")) == Fraction(answer.replace(",", "")):
+    if values[0] == values[1]:
         return True
     return None if "." in gold + answer else False
+
+
+def _read_number(text):
+    """The exact value of a number or of a fraction of two whole numbers, else None."""
+    if _NUMBER.fullmatch(text):
+        return Fraction(text.replace(",", ""))
+    parts = _FRACTION.fullmatch(text)
+    if not parts or not int(parts[3] or parts[5]):
+        return None
+    return Fraction(int(parts[1] + (parts[2] or parts[4])), int(parts[3] or parts[5]))
 
 
 class Grader:
@@ -84,14 +90,18 @@ class Grader:
 
     workers   processes that compare in parallel; None takes the number of cores, at most 8
     seconds   wall-clock limit for one comparison [s]
+    judge     None is this module's own rule; "string" compares texts; "math_verify" (its parse and verify as
+              they are) or "file.py:function" decide alone, in the workers and under their limits
 
     `timeouts` and `unparsed` count the verdicts given so far, cached ones included. Close it, or use it in
     `with`.
     """
 
-    def __init__(self, *, workers=None, seconds=5.0):
+    def __init__(self, *, workers=None, seconds=5.0, judge=None):
         self.seconds = seconds
         self.timeouts = self.unparsed = 0
+        self._judge = judge
+        self._strikes = Counter()  # by answer: gold answers against which it ran out of time
         self._workers = workers or max(1, min(8, len(os.sched_getaffinity(0))))
         self._cache = OrderedDict()
         self._lock = threading.Lock()
@@ -143,9 +153,13 @@ class Grader:
     def _recall(self, gold, answer):
         if answer is None or not answer.strip():
             return Verdict()
-        plain = compare_plain(gold, answer)
+        if self._judge == "string":
+            return Verdict(correct=normalise(gold) == normalise(answer))
+        plain = compare_plain(gold, answer) if self._judge is None else None
         if plain is not None:
             return Verdict(correct=plain)
+        if len(answer) > MAX_ANSWER and len(answer) > 2 * len(gold):
+            return Verdict(unparsed=True)
         with self._lock:
             return self._cache.get((gold, answer))
 
@@ -162,12 +176,14 @@ class Grader:
         return list(threads.map(self._ask, pairs))
 
     def _ask(self, pair):
+        if self._strikes[pair[1]] >= STRIKES and pair[1] is not None:
+            return Verdict(timed_out=True)
         idle = self._idle
         supervisor = idle.get()
         try:
             if supervisor is None or supervisor.poll() is not None:
                 supervisor = subprocess.Popen(
-                    [sys.executable, __file__, str(self.seconds)],
+                    [sys.executable, str(_WORKER), str(self.seconds), *filter(None, [self._judge])],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                 )
@@ -177,119 +193,8 @@ class Grader:
         finally:
             idle.put(supervisor)
         if not line:
-            raise RuntimeError(
-                "the grading process ended: is math-verify installed? (pip install -r requirements.txt)"
-            )
-        return Verdict(**json.loads(line))
-
-
-def _read_math(text):
-    """sympy expressions of an answer: a bare formula as one, all else (12 km, x = 3) as it stands first.
-
-    math-verify looks for numbers in text that is not marked as a formula: it would read 2x+3 as 2, and the
-    formula 12 km as 12 times k times m.
-    """
-    from math_verify import parse
-
-    is_formula = not _WORDS.search(_COMMAND.sub("", text))
-    for candidate in (f"${text}$", text) if is_formula else (text, f"${text}$"):
-        parsed = parse(candidate, parsing_timeout=None)
-        if any(not isinstance(expression, str) for expression in parsed):
-            return parsed
-    return []
-
-
-def _judge(gold, answer):
-    """Compare one pair in this process, without limits: the body of the child."""
-    from math_verify import verify
-
-    gold_parsed = _read_math(gold)
-    if answer is None or not gold_parsed:
-        return {"unparsed": not gold_parsed}
-    parsed = _read_math(answer)
-    return {
-        "correct": bool(parsed) and verify(gold_parsed, parsed, timeout_seconds=None),
-        "unparsed": not parsed,
-    }
-
-
-def _work(requests, replies, seconds):
-    """The child: judge until the pipe closes. A limit on CPU time ends it where nobody is left to kill it."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    with os.fdopen(requests) as lines, os.fdopen(replies, "w") as out:
-        for line in lines:
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            limit = int(used.ru_utime + used.ru_stime + seconds) + 2
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-            try:
-                reply = _judge(*json.loads(line))
-            except (
-                RecursionError,
-                MemoryError,
-            ):  # what deep or huge expressions end in: the answer is unreadable
-                reply = {"unparsed": True}
-            out.write(json.dumps(reply) + "\n")
-            out.flush()
-
-
-class _Child:
-    """A forked worker and the two pipes to it."""
-
-    def __init__(self, seconds):
-        request_end, self.requests = os.pipe()
-        self.replies, reply_end = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self.requests)
-            os.close(self.replies)
-            status = 1
-            with contextlib.suppress(KeyboardInterrupt):
-                _work(request_end, reply_end, seconds)
-                status = 0
-            os._exit(status)
-        os.close(request_end)
-        os.close(reply_end)
-
-    def ask(self, line, seconds):
-        """The child's reply, or None where it died or let the time pass."""
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self.requests, line) if len(line) < 4096 else self._write_all(line)
-        ready, _, _ = select.select([self.replies], [], [], seconds)
-        reply = os.read(self.replies, 65536) if ready else b""
-        return reply or None
-
-    def _write_all(self, line):
-        while line:
-            line = line[os.write(self.requests, line) :]
-
-    def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        os.close(self.requests)
-        os.close(self.replies)
-
-
-def supervise(seconds):
-    """Answer requests on standard input until it closes; never runs an answer itself."""
-    import math_verify  # noqa: F401  here, once: every child inherits it
-
-    logging.disable(logging.WARNING)  # it warns, at every call, that somebody else must keep the time: we do
-
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the training script, which then closes our input
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what a library prints must not end up among the replies
-    child = _Child(seconds)
-    for line in sys.stdin.buffer:
-        reply = child.ask(line, seconds)
-        if reply is None:
-            child.kill()
-            child = _Child(seconds)
-            reply = json.dumps({"timed_out": True}).encode() + b"\n"
-        replies.write(reply)
-    child.kill()
-
-
-if __name__ == "__main__":
-    supervise(float(sys.argv[1]))
+            raise RuntimeError("the grading process ended: is math-verify installed (requirements.txt)?")
+        verdict = Verdict(**json.loads(line))
+        with self._lock:
+            self._strikes[pair[1]] += verdict.timed_out
+        return verdict

@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from lib.grading import Grader
 from lib.prompts import ends_with_answer, extract_answer, extract_any_answer, has_format, is_echo
 from lib.settings import UserError, find_path
 
@@ -170,21 +171,27 @@ def _check_options(name, options, known):
         raise UserError(f"--rewards: {name} needs 0 <= start < end, not start={start}, end={end}")
 
 
-def _load_function(place, options):
-    """A user's function from `file.py:name`, as one in TRL's signature."""
+def _import_function(place, option):
+    """The function that `file.py:name` stands for; UserError says, as `option`, what is not there."""
     file_name, _, function_name = place.rpartition(":")
     file = find_path(file_name)
     if not file.is_file():
-        raise UserError(f"--rewards: no file {file}")
+        raise UserError(f"{option}: no file {file}")
     module_spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except (SyntaxError, ImportError) as error:
-        raise UserError(f"--rewards: {file} cannot be imported: {error}") from None
+        raise UserError(f"{option}: {file} cannot be imported: {error}") from None
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"--rewards: {file} has no function {function_name!r}")
+        raise UserError(f"{option}: {file} has no function {function_name!r}")
+    return function
+
+
+def _load_function(place, options):
+    """A user's reward function from `file.py:name`, as one in TRL's signature."""
+    function = _import_function(place, "--rewards")
     chat = options.pop("chat", False)
     if "solution_str" in inspect.signature(function).parameters:
         return functools.partial(_call_verl, function, options)
@@ -254,3 +261,16 @@ def _gather_columns(groups):
         "tier": [problem.tier for problem in problems],
         "source": [problem.source for problem in problems],
     }
+
+
+def open_grader(name, *, seconds=5.0):
+    """The `Grader` a setting names: standard, string (texts compared), math_verify (its parse and verify, as
+    they are), or file.py:function, called as function(answer, gold) in a worker that can be killed."""
+    if name in ("standard", "string", "math_verify"):
+        return Grader(seconds=seconds, judge=None if name == "standard" else name)
+    function = _import_function(name, "--grader") if ".py:" in name else None
+    if function is None or "solution_str" in inspect.signature(function).parameters:
+        kinds = "standard, string, math_verify or file.py:function with function(answer, gold)"
+        raise UserError(f"--grader {name}: must be {kinds}")
+    file, _, function_name = name.rpartition(":")
+    return Grader(seconds=seconds, judge=f"{find_path(file)}:{function_name}")

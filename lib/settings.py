@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _BOUNDS = re.compile(r"(>=|>)\s*(-?[\d.]+)(?:\s+and\s+(<=|<)\s*(-?[\d.]+))?")
-_CHOICES = re.compile(r"\w+(?:\s\|\s\w+)+")
+_CHOICES = re.compile(r"[\w-]+(?:\s\|\s[\w-]+)+")
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 

@@ -4,7 +4,15 @@ from itertools import combinations
 
 import pytest
 
-from lib.passk import bootstrap_interval, majority_correct, pass_at_k, summarise
+from lib.passk import (
+    bootstrap_interval,
+    compare_pairs,
+    list_k,
+    majority_correct,
+    pass_at_k,
+    summarise,
+    summarise_by,
+)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 10])
@@ -81,3 +89,38 @@ def test_nothing_to_summarise():
         summarise([])
     with pytest.raises(ValueError, match="nothing to summarise"):
         summarise([make_row([])])
+
+
+@pytest.mark.parametrize(
+    ("samples", "ks"), [(1, [1]), (3, [1, 2, 3]), (10, [1, 2, 5, 10]), (64, [1, 2, 5, 10, 20, 50, 64])]
+)
+def test_which_k_are_worth_printing(samples, ks):
+    assert list_k(samples) == ks
+
+
+def test_a_paired_difference_is_surer_than_two_separate_numbers():
+    """Ten hard and ten easy problems, one sample in two better everywhere: by hand +0.5, without any spread."""
+    base = [make_row([i >= 10, False]) for i in range(20)]
+    better = [make_row([i >= 10, True]) for i in range(20)]
+    difference = compare_pairs(better, base)
+    assert difference["problems"] == 20
+    assert (difference["pass@1"], difference["pass@1_ci95"]) == (0.5, [0.5, 0.5])
+    assert difference["pass@2"] == 0.5
+    low, high = difference["pass@2_ci95"]
+    assert low < 0.5 < high
+    assert compare_pairs(base, better)["pass@1"] == -0.5
+
+
+def test_summaries_by_label():
+    rows = [make_row([True]), make_row([False]), make_row([True])]
+    parts = summarise_by(rows, ["easy", "hard", ""])
+    assert {name: one["pass@1"] for name, one in parts.items()} == {"easy": 1, "hard": 0, "other": 1}
+    assert summarise_by(rows, ["", "", ""]) == {}
+
+
+def test_lengths_and_what_nobody_knows():
+    rows = [make_row([True] * 5, tokens=[1, 2, 3, 4, 100]), make_row([True] * 5, clipped=None)]
+    summary = summarise(rows, intervals=False)
+    assert summary["length_p50"] == 10
+    assert "clipped" not in summary
+    assert "pass@1_ci95" not in summary
