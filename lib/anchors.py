@@ -18,40 +18,67 @@ Shape suffixes: N rows (completions), T completion tokens.
 
 import contextlib
 import copy
+import math
 import re
 from collections import deque
 from statistics import fmean
 
 import torch
 
+from lib.losses import anchor_kl, mask_tokens, sequence_logprob
+
 MODES = ("on_policy", "fixed", "ema", "kl_triggered")
 _OURS, _ITS = "default", "anchor"  # names of the two adapters in the PEFT model
+
+
+def measure_distance(scored, anchor_NT, reduction):
+    """How far the policy is from its anchor, in three measures by name.
+
+    anchor_drift   mean over completions of |s - a|, which are sums or means over tokens as `reduction` says
+    token_drift    the same per token, whatever the reduction [nat/token]
+    anchor_kl      the estimate of the KL per token of `losses.anchor_kl`
+    """
+    logp_NT, length_N = scored.logp_NT.detach(), scored.length_N
+    apart = {how: sequence_logprob(logp_NT - anchor_NT, length_N, reduction=how) for how in ("sum", "mean")}
+    return {
+        "anchor_drift": apart[reduction].abs().mean().item(),
+        "token_drift": apart["mean"].abs().mean().item(),
+        "anchor_kl": anchor_kl(logp_NT, anchor_NT, mask_tokens(length_N, logp_NT.shape[1])).item(),
+    }
+
+
+def explain_flat_loss(size):
+    """Why the cross entropy of anchored log-probabilities may stand still, in two lines for the log."""
+    return (
+        "where the policy is its own anchor, as at the first update of every on-policy batch,\n"
+        f"all completions of a group stand alike, and the loss is ln {size} = {math.log(size):.3f} "
+        "whatever is learned: watch reward and grad_norm"
+    )
 
 
 class Anchor:
     """The anchor of a `Policy` whose model is a PEFT model.
 
-    policy           its adapter may have been trained before: see from_adapter
-    mode             on_policy | fixed | ema | kl_triggered
-    from_adapter     training begins from an adapter and not from the bare base: `fixed` keeps a copy of it
-    ema_decay        share of the old anchor that stays at an optimizer step, in [0, 1]
-    drift_threshold  mean drift over a full window above which the policy is copied over [nat/token]
-    drift_window     optimizer steps in a window; the next one begins empty after a copy
+    policy        a `policy.Policy`
+    mode          on_policy | fixed | ema | kl_triggered
+    from_adapter  whether training begins from an adapter and not from the bare base: `fixed` keeps a copy of
+                  it, and needs none of the base, which is the model with its adapter disabled
+    decay         share of the ema anchor that stays at an optimizer step, in [0, 1]
+    threshold     mean drift over a full window above which the policy is copied over [nat/token]
+    window        optimizer steps in a window; the next one begins empty after a copy
 
     `updates` counts how often the stored weights have changed: every step for ema, every copy for
     kl_triggered, and never for the others. Raises ValueError for an unknown mode or a value out of range.
     """
 
-    def __init__(
-        self, policy, mode, *, from_adapter=False, ema_decay=0.99, drift_threshold=0.1, drift_window=10
-    ):
+    def __init__(self, policy, mode, *, from_adapter=False, decay=0.99, threshold=0.1, window=10):
         if mode not in MODES:
             raise ValueError(f"anchor is one of {', '.join(MODES)}, not {mode!r}")
-        if not 0 <= ema_decay <= 1 or not drift_threshold > 0 or drift_window < 1:
-            raise ValueError("an anchor needs ema_decay in [0, 1], drift_threshold > 0 and drift_window >= 1")
+        if not 0 <= decay <= 1 or not threshold > 0 or window < 1:
+            raise ValueError("an anchor needs decay in [0, 1], threshold > 0 and window >= 1")
         self.policy, self.mode = policy, mode
-        self.ema_decay, self.drift_threshold = ema_decay, drift_threshold
-        self.updates, self._drifts = 0, deque(maxlen=drift_window)
+        self.decay, self.threshold = decay, threshold
+        self.updates, self._drifts = 0, deque(maxlen=window)
         self._groups = self._logp_NT = None  # the batch at hand, and what the anchor says about it
         self._weights = {}  # by the policy's name: (the policy's parameter, the anchor's)
         if mode in ("ema", "kl_triggered") or (mode == "fixed" and from_adapter):
@@ -73,17 +100,19 @@ class Anchor:
                 self._logp_NT = self.policy.logprobs(groups, keep_graph=False).logp_NT.detach()
         return self._logp_NT
 
-    def follow(self, drift):
+    def follow(self, drift, *, stepped=True):
         """Move the anchor after an optimizer step.
 
-        drift   how far the policy was from the anchor before it [nat/token]: mean over completions of the
-                size of the mean difference of their token log-probabilities
+        drift    how far the policy was from it before: `token_drift` of `measure_distance` [nat/token]
+        stepped  whether there was a step: if the optimizer skipped it nothing is moved or remembered
         """
+        if not stepped:
+            return
         if self.mode == "ema":
-            self._move(1 - self.ema_decay)
+            self._move(1 - self.decay)
         elif self.mode == "kl_triggered":
             self._drifts.append(drift)
-            if len(self._drifts) == self._drifts.maxlen and fmean(self._drifts) > self.drift_threshold:
+            if len(self._drifts) == self._drifts.maxlen and fmean(self._drifts) > self.threshold:
                 self._move(1.0)
                 self._drifts.clear()
 
