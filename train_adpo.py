@@ -92,8 +92,9 @@ EVAL_EVERY = 20  # >= 1, steps between evaluations on VALID_DATA
 REPORT_TO = "tensorboard"  # tensorboard | wandb | trackio | none
 
 
-def push(groups, scored, anchor_NT, reward_PG):
+def push(groups, scored, anchor_NT):
     """Differentiate the loss of a batch as it stands, down to `scored`; returns its metrics."""
+    reward_PG = torch.tensor([group.reward for group in groups], device=anchor_NT.device)
     score = partial(sequence_logprob, length_N=scored.length_N, reduction=LOGPROB_REDUCTION)
     s_PG, anchor_PG = (score(logp_NT).view_as(reward_PG) for logp_NT in (scored.logp_NT, anchor_NT))
     s_PG.retain_grad()
@@ -161,14 +162,13 @@ def main():
 
             # 3. Score every completion.
             score_groups(rewards, grade(groups))
-            reward_PG = torch.tensor([group.reward for group in groups], device=policy.device)
             clock.lap("score")
 
             updates = []
             for update in range((step - 1) * UPDATES_PER_BATCH, step * UPDATES_PER_BATCH):
                 # 4. Turn rewards into a push: from the anchor, towards the softmax of the rewards.
                 scored = policy.logprobs(groups)
-                measured = push(groups, scored, anchor.logprobs(groups, scored), reward_PG)
+                measured = push(groups, scored, anchor.logprobs(groups, scored))
                 measured |= {} if updates else measure_agreement(groups, scored)
                 # 5. Back-propagate the push through the model, take an optimizer step, and move the anchor.
                 policy.backward(scored)

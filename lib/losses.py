@@ -124,6 +124,7 @@ def reward_target(reward_PG, *, reward_temperature, scale_rewards="group", std_f
     Source: wk222/TRL-ADPO at b708664 and its verl port at e51101ae. Differs: they normalise by group a second
     time, so that there group, batch and none are the same.
     """
+    _check_ranges(reward_temperature=reward_temperature, scale_rewards=scale_rewards, std_floor=std_floor)
     z_PG = reward_PG - reward_PG.mean(dim=1, keepdim=True)
     if scale_rewards != "none":
         std = reward_PG.std(dim=1, keepdim=True) if scale_rewards == "group" else reward_PG.std()
@@ -141,6 +142,8 @@ def adapt_tau(entropy_P, size, *, tau, adaptive_tau="off", adaptive_tau_alpha=0.
     entropy_P  (P,) H of the target [nat]; size is G
     Source: as `reward_target`. `original` is what that code computes, `inverted` what its README says.
     """
+    _check_ranges(tau=tau, adaptive_tau=adaptive_tau)
+    _check_ranges(adaptive_tau_alpha=adaptive_tau_alpha, adaptive_tau_min=adaptive_tau_min)
     if adaptive_tau == "off":
         return torch.full_like(entropy_P, tau)
     share_P = entropy_P / math.log(size)
@@ -164,45 +167,32 @@ def adpo(
 ):
     """Cross entropy between what the rewards ask for and where the policy stands, measured from its anchor.
 
-        u_i = (s_i - a_i) / tau_p          p = softmax over the group of u
-        L   = mean over problems of  -sum_i q_i log p_i          dL/ds_i = (p_i - q_i) / (tau_p * problems)
-
-    with the target q of `reward_target` and the temperature tau_p of `adapt_tau`.
+        u_i = (s_i - a_i) / tau            p = softmax over the group of u
+        L   = mean over problems of  -sum_i q_i log p_i          dL/ds_i = (p_i - q_i) / (tau * problems)
 
     s_PG       (P, G) log-probability per completion under the policy [nat, or nat/token if a mean]
     anchor_PG  (P, G) the same under the anchor; no gradient reaches it
     reward_PG  (P, G) any unit
     tau        > 0, temperature of the anchored log-probabilities [unit of s]: small is steep
-    adaptive_tau, adaptive_tau_alpha, adaptive_tau_min   off | original | inverted; in [0, 1]; > 0
-    reward_temperature, scale_rewards, std_floor         see `reward_target`
+    adaptive_tau, ..._alpha, ..._min               how tau follows the target of a problem, see `adapt_tau`
+    reward_temperature, scale_rewards, std_floor   how rewards become the target q, see `reward_target`
     drop_failed   leave out problems in which no completion has a reward above 0; the mean is over the others
     Returns (loss, info): a scalar [nat], 0 with zero gradient where every problem is dropped; and a dict of
     constants: tau_P, q_PG, p_PG, entropy_P (of q [nat]), dropped_P (bool).
     Where the anchor is the policy itself, p is 1/G and the loss ln G whatever the rewards are; its gradient
     is not zero. Where all rewards of a group are equal, q is uniform: the group pulls back to its anchor.
     Raises ValueError if a parameter is out of range, G < 2, groups differ in size, or anything is not finite.
-    Source: as `reward_target`; arXiv 2510.18913. Differs: one normalisation by group instead of two; a group
-    that is not whole is an error, and no row is cut off.
-
-    Two completions as likely as their anchor: p is (1/2, 1/2), and log 2 = 0.6931
+    Source: as `reward_target`; arXiv 2510.18913. Differs: one normalisation by group instead of two, and no
+    row of a group that is not whole is cut off. Two completions, both as likely as their anchor, log 2:
 
     >>> s_PG, reward_PG = torch.tensor([[-7.0, -3.0]]), torch.tensor([[1.0, 0.0]])
     >>> adpo(s_PG, s_PG, reward_PG, tau=0.8, reward_temperature=0.5)[0]
     tensor(0.6931)
     """
-    _check_range("tau", tau > 0, "> 0", tau)
-    _check_range("reward_temperature", reward_temperature > 0, "> 0", reward_temperature)
-    _check_range("adaptive_tau_alpha", 0 <= adaptive_tau_alpha <= 1, "in [0, 1]", adaptive_tau_alpha)
-    _check_range("adaptive_tau_min", adaptive_tau_min > 0, "> 0", adaptive_tau_min)
-    _check_range("std_floor", std_floor >= 0, ">= 0", std_floor)
-    modes = ("off", "original", "inverted")
-    _check_range("adaptive_tau", adaptive_tau in modes, " | ".join(modes), adaptive_tau)
-    scales = ("group", "batch", "none")
-    _check_range("scale_rewards", scale_rewards in scales, " | ".join(scales), scale_rewards)
     _check_groups(**{"log-probabilities": s_PG, "anchor": anchor_PG, "rewards": reward_PG})
     with torch.no_grad():
-        scale = {"reward_temperature": reward_temperature, "scale_rewards": scale_rewards}
-        q_PG = reward_target(reward_PG, **scale, std_floor=std_floor)
+        scale = {"scale_rewards": scale_rewards, "std_floor": std_floor}
+        q_PG = reward_target(reward_PG, reward_temperature=reward_temperature, **scale)
         entropy_P = -(q_PG * (q_PG + 1e-8).log()).sum(dim=1)
         how = {"adaptive_tau_alpha": adaptive_tau_alpha, "adaptive_tau_min": adaptive_tau_min}
         tau_P = adapt_tau(entropy_P, s_PG.shape[1], tau=tau, adaptive_tau=adaptive_tau, **how)
@@ -214,9 +204,23 @@ def adpo(
     return loss, info | {"entropy_P": entropy_P, "dropped_P": dropped_P}
 
 
-def _check_range(name, inside, admitted, value):
-    if not inside:
-        raise ValueError(f"{name} must be {admitted}, not {value!r}")
+_ADMITTED = {
+    "tau": ("> 0", lambda value: value > 0),
+    "reward_temperature": ("> 0", lambda value: value > 0),
+    "adaptive_tau": ("off | original | inverted", ("off", "original", "inverted").__contains__),
+    "adaptive_tau_alpha": ("in [0, 1]", lambda value: 0 <= value <= 1),
+    "adaptive_tau_min": ("> 0", lambda value: value > 0),
+    "scale_rewards": ("group | batch | none", ("group", "batch", "none").__contains__),
+    "std_floor": (">= 0", lambda value: value >= 0),
+}
+
+
+def _check_ranges(**values):
+    """ValueError for the first of these parameters that is out of range."""
+    for name, value in values.items():
+        admitted, holds = _ADMITTED[name]
+        if not holds(value):
+            raise ValueError(f"{name} must be {admitted}, not {value!r}")
 
 
 def _check_groups(**tensors):

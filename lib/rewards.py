@@ -102,19 +102,16 @@ def length_decay(*, completions, completion_ids, prompts, problem, style, start=
     ]
 
 
-def good_accuracy(
-    *, completions, answer, style, grader, ngram_size=4, max_penalty=-0.5, factor=0.1, any_format=False, **_
-):
+def good_accuracy(*, completions, answer, style, grader, ngram_size=4, max_penalty=-0.5, factor=0.1, **_):
     """1 for a right answer; a wrong one earns 0, or less the more it repeats itself.
 
         wrong:  factor * max_penalty * (1 - different n-grams / n-grams)
 
-    n-grams are of `ngram_size` words in lower case. The last answer in the prompt's style counts, or with
-    `any_format` the one a reader would see. ValueError for a gold answer that cannot be read as mathematics:
-    in the source of this reward (wk222/TRL-ADPO, and its verl port) it made every answer right.
+    n-grams are of `ngram_size` words in lower case. The last answer in the prompt's style counts. ValueError
+    for a gold answer that cannot be read as mathematics: in the source of this reward (wk222/TRL-ADPO, and
+    its verl port) it made every answer right.
     """
-    extract = extract_any_answer if any_format else extract_answer
-    verdicts = grader.grade([extract(text, style) for text in completions], answer)
+    verdicts = grader.grade([extract_answer(text, style) for text in completions], answer)
     doubtful = [gold for gold, verdict in zip(answer, verdicts, strict=True) if verdict.unparsed]
     for index in grader.find_unparsable(doubtful):
         raise ValueError(f"the gold answer {doubtful[index]!r} cannot be read as mathematics")

@@ -87,13 +87,12 @@ def test_grades_tell_answer_from_format(grader):
         ("length_decay(start=soon):1", "cannot take start=soon, it is 800 by default"),
         (
             "good_accuracy(ngram=4):1",
-            "no option 'ngram'; it takes any_format, factor, max_penalty, ngram_size",
+            "no option 'ngram'; it takes factor, max_penalty, ngram_size",
         ),
         ("good_accuracy(ngram_size=0):1", "needs a whole ngram_size >= 1"),
         ("good_accuracy(ngram_size=1.5):1", "needs a whole ngram_size >= 1"),
         ("good_accuracy(max_penalty=0.5):1", "max_penalty <= 0 and factor >= 0, not .*max_penalty=0.5"),
         ("good_accuracy(factor=-1):1", "factor >= 0, not .*factor=-1"),
-        ("good_accuracy(any_format=1):1", "cannot take any_format=1, it is False by default"),
         ("nowhere.py:f:1", "no file /.*nowhere.py"),
         ("broken.py:f:1", "cannot be imported"),
         ("mine.py:g:1", "has no function 'g'"),
@@ -166,8 +165,6 @@ def test_a_right_answer_earns_one_however_it_is_said(grader):
     assert score("good_accuracy:1", half, grader, "boxed").reward == [1, 1, 0]
     texts = ["<answer> 42 </answer>", "First some words.\n42", r"\boxed{42}"]
     assert score("good_accuracy:1", make_group(texts, answer="42"), grader).reward == [1, 0, 0]
-    lenient = score("good_accuracy(any_format=true):1", make_group(texts, answer="42"), grader)
-    assert lenient.reward == [1, 1, 1]
 
 
 def test_an_unreadable_gold_answer_is_an_error_and_not_a_right_answer(grader):
