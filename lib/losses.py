@@ -132,23 +132,24 @@ def reward_target(reward_PG, *, reward_temperature, scale_rewards="group", std_f
     return (z_PG / reward_temperature).softmax(dim=1)
 
 
-def adapt_tau(entropy_P, size, *, tau, adaptive_tau="off", adaptive_tau_alpha=0.5, adaptive_tau_min=0.05):
-    """The temperature of each problem, from the entropy of its target: (P,).
+def adapt_tau(q_PG, *, tau, adaptive_tau="off", adaptive_tau_alpha=0.5, adaptive_tau_min=0.05):
+    """(tau_P, entropy_P): the temperature of each problem, and the entropy H of its target it follows.
 
         off        tau
         original   max(tau_min, tau * (1 - alpha * H / ln G)): an undecided target gets a low one
         inverted   max(tau_min, tau * (1 - alpha * (1 - H / ln G))): a decided target gets a low one
 
-    entropy_P  (P,) H of the target [nat]; size is G
+    q_PG  (P, G) the target: rows that sum to 1; H = -sum_i q_i log(q_i + 1e-8) [nat]
     Source: as `reward_target`. `original` is what that code computes, `inverted` what its README says.
     """
     _check_ranges(tau=tau, adaptive_tau=adaptive_tau)
     _check_ranges(adaptive_tau_alpha=adaptive_tau_alpha, adaptive_tau_min=adaptive_tau_min)
+    entropy_P = -(q_PG * (q_PG + 1e-8).log()).sum(dim=1)
     if adaptive_tau == "off":
-        return torch.full_like(entropy_P, tau)
-    share_P = entropy_P / math.log(size)
+        return torch.full_like(entropy_P, tau), entropy_P
+    share_P = entropy_P / math.log(q_PG.shape[1])
     share_P = share_P if adaptive_tau == "original" else 1 - share_P
-    return (tau * (1 - adaptive_tau_alpha * share_P)).clamp(min=adaptive_tau_min)
+    return (tau * (1 - adaptive_tau_alpha * share_P)).clamp(min=adaptive_tau_min), entropy_P
 
 
 def adpo(
@@ -191,17 +192,16 @@ def adpo(
     """
     _check_groups(**{"log-probabilities": s_PG, "anchor": anchor_PG, "rewards": reward_PG})
     with torch.no_grad():
-        scale = {"scale_rewards": scale_rewards, "std_floor": std_floor}
-        q_PG = reward_target(reward_PG, reward_temperature=reward_temperature, **scale)
-        entropy_P = -(q_PG * (q_PG + 1e-8).log()).sum(dim=1)
+        how = {"reward_temperature": reward_temperature, "scale_rewards": scale_rewards}
+        q_PG = reward_target(reward_PG, std_floor=std_floor, **how)
         how = {"adaptive_tau_alpha": adaptive_tau_alpha, "adaptive_tau_min": adaptive_tau_min}
-        tau_P = adapt_tau(entropy_P, s_PG.shape[1], tau=tau, adaptive_tau=adaptive_tau, **how)
+        tau_P, entropy_P = adapt_tau(q_PG, tau=tau, adaptive_tau=adaptive_tau, **how)
         dropped_P = (reward_PG <= 0).all(dim=1) & drop_failed
     log_p_PG = ((s_PG - anchor_PG.detach()) / tau_P[:, None]).log_softmax(dim=1)
     loss_P = -(q_PG * log_p_PG).sum(dim=1).masked_fill(dropped_P, 0.0)
     loss = loss_P.sum() / (~dropped_P).sum().clamp(min=1)
-    info = {"tau_P": tau_P, "q_PG": q_PG, "p_PG": log_p_PG.detach().exp()}
-    return loss, info | {"entropy_P": entropy_P, "dropped_P": dropped_P}
+    info = {"tau_P": tau_P, "q_PG": q_PG, "entropy_P": entropy_P, "dropped_P": dropped_P}
+    return loss, info | {"p_PG": log_p_PG.detach().exp()}
 
 
 _ADMITTED = {
