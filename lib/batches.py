@@ -1,8 +1,7 @@
 """Problems, and which of them a step works on.
 
 A row has `problem` and `answer`, and optionally `tier` (easy, medium, hard), `id` and `source`; verl's
-five-column rows are read as they are. Whatever else a row holds travels along and reaches the reward
-functions.
+five-column rows are read as they are. Whatever else a row holds reaches the reward functions.
 """
 
 import json
@@ -163,15 +162,12 @@ class Steps:
     """What each step works on: `steps[k]` is a list of problems and a function of (seed, k) alone.
 
     problems   all of them
-    counts     problems per step by tier, e.g. {"easy": 2, "medium": 2, "hard": 1}; {None: 5} takes five of
-               any tier
+    counts     problems per step by tier, {"easy": 2, "medium": 2, "hard": 1}; {None: 5} is five of any tier
     seed       each tier is shuffled anew for every pass over it
 
     Within a pass each problem comes once, and within a step none comes twice: where a step takes the end of
-    one pass
-    and the start of the next, the next begins with problems that are not at that end. `epoch_steps` is the
-    number of
-    steps in which the base tier (medium, else the first one used) has been seen once.
+    one pass and the start of the next, the next begins with problems that are not at that end. `epoch_steps`
+    is the number of steps in which the base tier (medium, else the first one used) has been seen once.
     Raises UserError if a tier is smaller than its count.
     """
 

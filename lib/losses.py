@@ -15,8 +15,7 @@ def sequence_logprob(logp_NT, length_N, *, reduction="mean"):
         s_n = sum_{t < length_n} logp_nt            (sum)
         s_n = sum_{t < length_n} logp_nt / length_n (mean)
 
-    logp_NT    (N, T) token log-probabilities [nat]; what stands behind a row's length is ignored, whatever it
-               is
+    logp_NT    (N, T) token log-probabilities [nat]; what stands behind a row's length is ignored
     length_N   (N,) completion tokens, the end token included
     Returns (N,) [nat] or [nat/token]; 0 where a completion has no token.
     Raises ValueError for an unknown reduction.
@@ -40,8 +39,7 @@ def better_worse_pairs(reward_PG, *, pairs="halves", min_better_reward=None):
     """Which ordered pairs (i, j) of a group teach "i is better than j"?
 
     halves    i in the upper half by reward, j in the lower one; equal rewards keep the order of sampling, and
-              with
-              odd G the middle completion belongs to the lower half
+              with odd G the middle completion belongs to the lower half
     ordered   every pair
     In both cases only where reward_i > reward_j and, if given, reward_i >= min_better_reward.
 
@@ -88,8 +86,7 @@ def grdpo(s_PG, reward_PG, *, beta, pairs="halves", min_better_reward=None):
     Returns a scalar [nat]; 0 with zero gradient where no group has a pair.
     Raises ValueError if beta <= 0, G < 2, shapes differ or anything is not finite.
     Source: leosongwei/GRDPO. Differs: it sums over pairs and groups where we average, so its gradient is
-    larger by
-    the number of pairs; behind the clipping of the gradient norm that difference disappears.
+    larger by the number of pairs; behind the clipping of the gradient norm that difference disappears.
 
     Two completions, the better one less likely by 1 nat: log(1 + e) = 1.3133
 

@@ -58,9 +58,8 @@ def summarise(rows, *, intervals=True):
     """Everything one evaluation has to say, as a flat dict of numbers (intervals are pairs).
 
     rows   one dict per problem, each value a list over its samples: `correct` (the answer in the prompt's
-           style is
-           right), `answer_correct` (right whatever the format), `formatted`, `tokens`, `clipped`, `answers`,
-           `timed_out`, `unparsed`
+           style is right), `answer_correct` (right whatever the format), `formatted`, `tokens`, `clipped`,
+           `answers`, `timed_out`, `unparsed`
     Returns pass@k for k in PASS_K up to the smallest number of samples, maj@n, and the means.
     Raises ValueError if there is nothing to summarise.
     """

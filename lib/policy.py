@@ -7,8 +7,8 @@ takes two passes, exact and with the memory of one micro-batch:
     2. the caller   the loss of that small tensor, differentiated: dL/dlogp
     3. `backward`   sum(dL/dlogp * logp), back-propagated micro-batch by micro-batch
 
-Where all rows fit into one micro-batch the graph of pass 1 is kept and pass 3 runs no second forward. The
-vocabulary is only ever computed for a chunk of positions, and its gradient is taken chunk by chunk.
+Where all rows together fit into the token budget of one micro-batch, the graph of pass 1 is kept and pass 3
+runs no second forward. The vocabulary is only ever computed for a chunk of positions, its gradient with it.
 
 Shape suffixes: N rows (completions), T completion tokens, B rows and L columns of a micro-batch, M completion
 tokens of a micro-batch, H hidden, V vocabulary.
@@ -23,6 +23,7 @@ import torch
 from lib.settings import UserError
 
 CHUNK_BYTES = 2**27  # float32 logits built at once; about four times this is the workspace
+BUSY_TOKENS = 1024  # a forward of so many tokens costs the same per token as a larger one
 
 
 @dataclass
@@ -66,17 +67,22 @@ def learning_rate_at(step, total_steps, *, peak, schedule, warmup):
 def plan_microbatches(lengths, *, budget):
     """Row indices of each micro-batch: similar lengths together, at most `budget` padded tokens in one.
 
-    A row longer than the budget gets a micro-batch of its own.
+    A row longer than the budget gets a micro-batch of its own. A micro-batch that is large enough to keep the
+    machine busy ends where the next row would pad it by more than a tenth.
 
     >>> plan_microbatches([3, 9, 2, 4], budget=9)
     [[2, 0], [3], [1]]
     """
-    batches = []
+    batches, real = [], 0  # real: tokens of the last micro-batch without its padding
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batches and lengths[index] * (len(batches[-1]) + 1) <= budget:
+        padded = lengths[index] * (len(batches[-1]) + 1) if batches else 0
+        wasteful = padded >= BUSY_TOKENS and padded > 1.1 * (real + lengths[index])
+        if batches and padded <= budget and not wasteful:
             batches[-1].append(index)
+            real += lengths[index]
         else:
             batches.append([index])
+            real = lengths[index]
     return batches
 
 
@@ -98,8 +104,7 @@ def find_optimizer(name):
 class Policy:
     """A causal LM whose trainable parameters are its adapter (or whatever requires grad).
 
-    model                  a transformers causal LM, usually a PEFT model; it must have no active dropout,
-                           because
+    model                  a transformers causal LM, usually a PEFT model; it must have no active dropout:
                            both passes must compute the same function
     tokenizer              kept beside it for those who save or sample
     tokens_per_microbatch  padded tokens in one forward: memory against speed
@@ -131,12 +136,14 @@ class Policy:
         length_N = torch.tensor([len(ids) for _, ids in rows], device=self.device)
         logp_NT = torch.zeros(len(rows), max(1, int(length_N.max())), device=self.device)
         self.model.train()  # gradient checkpointing is only active in this mode
-        plan = plan_microbatches(
-            [len(prompt) + len(ids) for prompt, ids in rows], budget=self.tokens_per_microbatch
+        totals = [len(prompt) + len(ids) for prompt, ids in rows]
+        plan = plan_microbatches(totals, budget=self.tokens_per_microbatch)
+        fits = (
+            sum(len(places) * max(totals[i] for i in places) for places in plan) <= self.tokens_per_microbatch
         )
         graphs = []
         for indices in plan:
-            with torch.set_grad_enabled(keep_graph and len(plan) == 1 and bool(self.trainable)):
+            with torch.set_grad_enabled(keep_graph and fits and bool(self.trainable)):
                 hidden_MH, target_M = self._forward([rows[i] for i in indices])
             with torch.no_grad():
                 logp_M = torch.cat([self._chunk_logp(*chunk) for chunk in self._chunks(hidden_MH, target_M)])
@@ -150,8 +157,7 @@ class Policy:
         """Add the gradient of the loss to the parameters, given `scored.logp_NT.grad`.
 
         Rows without a weight cost nothing. Raises RuntimeError if the weights or the mode changed in between:
-        the
-        gradient would belong to another function.
+        the gradient would belong to another function.
         """
         if scored.stamp != self._stamp():
             raise RuntimeError("the weights or the training mode changed between the two passes")
@@ -180,8 +186,7 @@ class Policy:
     def step(self, learning_rate, *, max_grad_norm):
         """One optimizer step on the accumulated gradient, clipped; the gradient is zero afterwards.
 
-        Returns the norm before clipping. Where it is not finite nothing is changed: the caller counts and
-        reports.
+        Returns the norm before clipping. Where it is not finite nothing is changed: the caller counts it.
         """
         norm = torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), max_grad_norm).item()
         if math.isfinite(norm):
@@ -220,8 +225,7 @@ class Policy:
         """Hidden states that predict the completion tokens of these rows: (M, H), and the tokens: (M,).
 
         Rows are padded on the right and no mask is passed: causal attention never looks to the right, so
-        padding
-        cannot matter, and the fastest attention kernels apply.
+        padding cannot matter, and the fastest attention kernels apply.
         """
         totals = [len(prompt) + len(ids) for prompt, ids in rows]
         ids_BL = torch.tensor(

@@ -161,12 +161,10 @@ def extract_answer(completion, style):
 
 def extract_any_answer(completion, style):
     """The answer a reader would see, whatever the format: in `style`, else tagged or boxed, else after the
-    last
-    "answer is", else the last number. None where there is nothing of the kind.
+    last "answer is", else the last number. None where there is nothing of the kind.
 
     Evaluation reports right answers by this rule beside pass@k, so that a gain in format alone can be told
-    from
-    a gain in mathematics.
+    from a gain in mathematics.
     """
     text = _without_echo(completion, find_style(style))
     for name in (style, *(other for other in PROMPT_STYLES if other != style)):

@@ -210,7 +210,7 @@ def draw_curves(metrics, path):
             names = sorted({name for line in metrics for name in line if name.startswith(series)})
             series = [(name, name.removeprefix(series).removesuffix("/mean")) for name in names]
         for name, label in series:
-            points = [(line["step"], line[name]) for line in metrics if name in line]
+            points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, linewidth=1.3)
         axis.set_title(title, fontsize=10)

@@ -145,7 +145,7 @@ def parse_rewards(spec, *, style, grader):
     """The rewards that a setting names, ready to be called: a list of `Reward`.
 
     style, grader   what the built-in functions are bound to
-    UserError names the entry that is wrong: an unknown name or option, no weight, a missing file.
+    UserError names the entry that is wrong: an unknown name or option, a bad weight, a missing file.
     """
     rewards, position = [], 0
     for match in _ENTRY.finditer(spec):
@@ -259,8 +259,7 @@ def score_groups(rewards, groups):
     """Fill `rewards` (by name) and `reward` (the weighted total) of every group.
 
     None from a reward function means "does not apply": no part of the total, None in the log.
-    Raises ValueError naming the function that returned the wrong number of rewards, or one that is not
-    finite.
+    Raises ValueError naming the function that returned too few or too many rewards, or one not finite.
     """
     columns = _gather_columns(groups)
     count = len(columns["completions"])

@@ -59,9 +59,8 @@ class RunLog:
     report_to  tensorboard | wandb | trackio | none
 
     `start` is the number of steps done already, `finished` says that there are no more, and `state` holds
-    what a
-    checkpoint keeps beside the policy. Raises UserError for a folder that is not a run, another script's,
-    another run's settings, or in use.
+    what a checkpoint keeps beside the policy. Raises UserError for a folder that is no run, that is another
+    script's, that was started with other settings, or that is in use.
     """
 
     def __init__(self, folder, script, settings, *, inputs, fresh=False, report_to="tensorboard"):
@@ -97,8 +96,7 @@ class RunLog:
         """Write one step: a line of metrics, and its completions with all their rewards.
 
         Adds `num_tokens`, the completion tokens sampled so far. A step whose loss or gradient was not finite
-        is
-        counted and its completions are kept apart; UserError at the third in a row.
+        is counted, and its completions are kept apart; UserError at the third in a row.
         """
         self.state["num_tokens"] += metrics["completions/tokens"]
         sick = not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm"))
@@ -291,8 +289,6 @@ class RunLog:
 
 
 def read_metrics(folder):
-    """The metrics of a run as a list of flat dicts; a half-written last line of a run in progress is left
-    out.
-    """
+    """The metrics of a run as a list of flat dicts, without the half-written last line of one in progress."""
     lines = (Path(folder) / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
     return [json.loads(line) for line in lines]

@@ -34,9 +34,7 @@ class UserError(Exception):
 
 
 def find_path(path):
-    """The absolute place a setting means: as given, or else below the project folder, so that the defaults
-    work
-    from anywhere."""
+    """The absolute place a setting means: as given, or else below the project folder, as the defaults are."""
     given = Path(path).expanduser()
     beside = Path(__file__).resolve().parent.parent / given
     return (beside if not given.exists() and beside.exists() else given).absolute()
@@ -89,9 +87,8 @@ class Setting:
 def read_settings(source):
     """The UPPER_CASE constants of a script's source text, in order, as `Setting`s.
 
-    A comment line of the form `# --- heading` starts a group. Raises ValueError for a constant without a
-    trailing
-    comment or whose type cannot be told: those are mistakes in the script.
+    A comment line of the form `# --- heading` starts a group. Raises ValueError for a constant
+    without a trailing comment, or whose type cannot be told: those are mistakes in the script.
     """
     comments, headings = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -189,6 +186,9 @@ def run_script(main, words=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def current_settings(main):

@@ -1,5 +1,4 @@
-"""Fixtures: a random Qwen3 of a few thousand parameters for the mathematics, the shipped tiny model for
-behaviour.
+"""Fixtures: a random Qwen3 for the mathematics, the shipped tiny model for behaviour.
 
 The hub is offline in every test, here and in the processes that tests start.
 """

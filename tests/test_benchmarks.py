@@ -1,0 +1,28 @@
+"""Each benchmark runs at toy size and prints what it promises; the times themselves are not tested."""
+
+import json
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+
+def run_json(script, *words):
+    command = [sys.executable, ROOT / "benchmarks" / script, "--json", *words]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+
+def test_a_grdpo_step_has_the_gradient_of_the_pair_loop():
+    results = run_json("grdpo_step.py", "--group-size", "5", "--repeats", "1")
+    assert len(results) == 2
+    for result in results.values():
+        assert result["cosine"] > 0.9999
+        assert result["pair_loop_s"] > 0
+        assert result["speedup_two_passes"] > 0
+
+
+def test_learning_reports_each_seed():
+    words = "--seeds 1 2 -- --max-steps 2 --group-size 4 --easy 1 --medium 0 --hard 0 --eval-samples 1"
+    result = run_json("learning.py", *words.split())
+    assert [run["seed"] for run in result["runs"]] == [1, 2]
+    assert all(run["steps"] == 2 and "pass@1" in run["after"] for run in result["runs"])
