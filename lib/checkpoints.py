@@ -3,7 +3,7 @@
 A checkpoint is a plain PEFT adapter (any PEFT, vLLM or unsloth loads it) plus
 
     sampling.json               prompt style and sampling settings, for those who talk to it
-    trainer_state.safetensors   optimizer moments and random states
+    trainer_state.safetensors   optimizer moments, random states, and what other parts of a run keep
     trainer_state.json          step, counters, and the SHA-256 of every other file here
 
 It is written under a temporary name, synced and renamed, and `trainer_state.json` is its last file: whatever
@@ -76,11 +76,12 @@ def write_parquet(path, rows, *, metadata=None):
     write_file(path, sink.getvalue().to_pybytes())
 
 
-def write_checkpoint(folder, policy, *, state, sampling):
+def write_checkpoint(folder, policy, *, state, sampling, parts=None):
     """Write one checkpoint to `folder` (which must not exist as a complete one): all of it or nothing.
 
     state      JSON values to continue with; at least {"step": int}
     sampling   JSON values: prompt style and sampling settings
+    parts      by name, what else has a `state_tensors()`; `read_part` finds it again
     """
     folder = Path(folder)
     temporary = folder.with_name(_TEMPORARY + folder.name)
@@ -90,6 +91,8 @@ def write_checkpoint(folder, policy, *, state, sampling):
         save_adapter(policy.model, temporary)
         (temporary / SAMPLING_FILE).write_text(json.dumps(sampling, indent=1))
         tensors = policy.state_tensors()
+        for name, part in (parts or {}).items():
+            tensors |= {f"{name}.{key}": value.contiguous() for key, value in part.state_tensors().items()}
         (temporary / STATE_TENSORS).write_bytes(safetensors.torch.save(tensors))
         hashes = {file.name: _hash(file) for file in sorted(temporary.iterdir())}
         (temporary / STATE_JSON).write_text(json.dumps({**state, "files": hashes}, indent=1))
@@ -122,6 +125,11 @@ def read_state(folder):
     """(JSON state, tensors) of an intact checkpoint."""
     state = json.loads((Path(folder) / STATE_JSON).read_text())
     return state, safetensors.torch.load_file(Path(folder) / STATE_TENSORS)
+
+
+def read_part(tensors, name):
+    """The tensors that the part called `name` gave to a checkpoint."""
+    return {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def point_to(link, target):

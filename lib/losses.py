@@ -4,6 +4,8 @@ Shape suffixes: P problems, G completions of a group, N = P * G rows, T tokens. 
 model, a setting or a device.
 """
 
+import math
+
 import torch
 
 
@@ -23,9 +25,14 @@ def sequence_logprob(logp_NT, length_N, *, reduction="mean"):
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is mean or sum, not {reduction!r}")
-    mask_NT = torch.arange(logp_NT.shape[1], device=logp_NT.device) < length_N[:, None]
+    mask_NT = mask_tokens(length_N, logp_NT.shape[1])
     total_N = logp_NT.masked_fill(~mask_NT, 0.0).sum(dim=1)
     return total_N if reduction == "sum" else total_N / length_N.clamp(min=1)
+
+
+def mask_tokens(length_N, width):
+    """(N, width) bool: which columns are tokens of a completion, told from its length alone."""
+    return torch.arange(width, device=length_N.device) < length_N[:, None]
 
 
 def better_worse_pairs(reward_PG, *, pairs="halves", min_better_reward=None):
@@ -98,3 +105,156 @@ def grdpo(s_PG, reward_PG, *, beta, pairs="halves", min_better_reward=None):
     count_P = pair_PGG.sum(dim=(1, 2))
     loss_P = nats_PGG.sum(dim=(1, 2)) / count_P.clamp(min=1)
     return loss_P.sum() / (count_P > 0).sum().clamp(min=1)
+
+
+def reward_target(reward_PG, *, reward_temperature, scale_rewards="group", std_floor=0.0):
+    """What the rewards of a group ask for: a distribution over its completions.
+
+        z_i = (R_i - mean_g R) / (max(std, std_floor) + 1e-8)
+        q   = softmax over the group of  z / reward_temperature
+
+    reward_PG            (P, G) any unit
+    reward_temperature   > 0, of z: large is closer to uniform
+    scale_rewards        group: std of the group; batch: of all rewards here; none: centred, not divided
+    std_floor            >= 0, in the unit of the rewards: a smaller spread is not blown up to full size
+    The stds are unbiased. Returns q, (P, G): rows sum to 1, uniform where all rewards of a group are equal.
+    Source: wk222/TRL-ADPO at b708664 and its verl port at e51101ae. Differs: they normalise by group a second
+    time, so that there group, batch and none are the same.
+    """
+    _check_ranges(reward_temperature=reward_temperature, scale_rewards=scale_rewards, std_floor=std_floor)
+    z_PG = reward_PG - reward_PG.mean(dim=1, keepdim=True)
+    if scale_rewards != "none":
+        std = reward_PG.std(dim=1, keepdim=True) if scale_rewards == "group" else reward_PG.std()
+        z_PG = z_PG / (std.clamp(min=std_floor) + 1e-8)
+    return (z_PG / reward_temperature).softmax(dim=1)
+
+
+def adapt_tau(q_PG, *, tau, adaptive_tau="off", adaptive_tau_alpha=0.5, adaptive_tau_min=0.05):
+    """(tau_P, entropy_P): the temperature of each problem, and the entropy H of its target it follows.
+
+        off        tau
+        original   max(tau_min, tau * (1 - alpha * H / ln G)): an undecided target gets a low one
+        inverted   max(tau_min, tau * (1 - alpha * (1 - H / ln G))): a decided target gets a low one
+
+    q_PG  (P, G) the target: rows that sum to 1; H = -sum_i q_i log(q_i + 1e-8) [nat]
+    Source: as `reward_target`. `original` is what that code computes, `inverted` what its README says.
+    """
+    _check_ranges(tau=tau, adaptive_tau=adaptive_tau)
+    _check_ranges(adaptive_tau_alpha=adaptive_tau_alpha, adaptive_tau_min=adaptive_tau_min)
+    entropy_P = -(q_PG * (q_PG + 1e-8).log()).sum(dim=1)
+    if adaptive_tau == "off":
+        return torch.full_like(entropy_P, tau), entropy_P
+    share_P = entropy_P / math.log(q_PG.shape[1])
+    share_P = share_P if adaptive_tau == "original" else 1 - share_P
+    return (tau * (1 - adaptive_tau_alpha * share_P)).clamp(min=adaptive_tau_min), entropy_P
+
+
+def adpo(
+    s_PG,
+    anchor_PG,
+    reward_PG,
+    *,
+    tau,
+    reward_temperature,
+    adaptive_tau="off",
+    adaptive_tau_alpha=0.5,
+    adaptive_tau_min=0.05,
+    scale_rewards="group",
+    drop_failed=False,
+    std_floor=0.0,
+):
+    """Cross entropy between what the rewards ask for and where the policy stands, measured from its anchor.
+
+        u_i = (s_i - a_i) / tau            p = softmax over the group of u
+        L   = mean over problems of  -sum_i q_i log p_i          dL/ds_i = (p_i - q_i) / (tau * problems)
+
+    s_PG       (P, G) log-probability per completion under the policy [nat, or nat/token if a mean]
+    anchor_PG  (P, G) the same under the anchor; no gradient reaches it
+    reward_PG  (P, G) any unit
+    tau        > 0, temperature of the anchored log-probabilities [unit of s]: small is steep
+    adaptive_tau, ..._alpha, ..._min               how tau follows the target of a problem, see `adapt_tau`
+    reward_temperature, scale_rewards, std_floor   how rewards become the target q, see `reward_target`
+    drop_failed   leave out problems in which no completion has a reward above 0; the mean is over the others
+    Returns (loss, info): a scalar [nat], 0 with zero gradient where every problem is dropped; and a dict of
+    constants: tau_P, q_PG, p_PG, entropy_P (of q [nat]), dropped_P (bool).
+    Where the anchor is the policy itself, p is 1/G and the loss ln G whatever the rewards are; its gradient
+    is not zero. Where all rewards of a group are equal, q is uniform: the group pulls back to its anchor.
+    Raises ValueError if a parameter is out of range, G < 2, groups differ in size, or anything is not finite.
+    Source: as `reward_target`; arXiv 2510.18913. Differs: one normalisation by group instead of two, and no
+    row of a group that is not whole is cut off. Two completions, both as likely as their anchor, log 2:
+
+    >>> s_PG, reward_PG = torch.tensor([[-7.0, -3.0]]), torch.tensor([[1.0, 0.0]])
+    >>> adpo(s_PG, s_PG, reward_PG, tau=0.8, reward_temperature=0.5)[0]
+    tensor(0.6931)
+    """
+    _check_groups(**{"log-probabilities": s_PG, "anchor": anchor_PG, "rewards": reward_PG})
+    with torch.no_grad():
+        how = {"reward_temperature": reward_temperature, "scale_rewards": scale_rewards}
+        q_PG = reward_target(reward_PG, std_floor=std_floor, **how)
+        how = {"adaptive_tau_alpha": adaptive_tau_alpha, "adaptive_tau_min": adaptive_tau_min}
+        tau_P, entropy_P = adapt_tau(q_PG, tau=tau, adaptive_tau=adaptive_tau, **how)
+        dropped_P = (reward_PG <= 0).all(dim=1) & drop_failed
+    log_p_PG = ((s_PG - anchor_PG.detach()) / tau_P[:, None]).log_softmax(dim=1)
+    loss_P = -(q_PG * log_p_PG).sum(dim=1).masked_fill(dropped_P, 0.0)
+    loss = loss_P.sum() / (~dropped_P).sum().clamp(min=1)
+    info = {"tau_P": tau_P, "q_PG": q_PG, "entropy_P": entropy_P, "dropped_P": dropped_P}
+    return loss, info | {"p_PG": log_p_PG.detach().exp()}
+
+
+_ADMITTED = {
+    "tau": ("> 0", lambda value: value > 0),
+    "reward_temperature": ("> 0", lambda value: value > 0),
+    "adaptive_tau": ("off | original | inverted", ("off", "original", "inverted").__contains__),
+    "adaptive_tau_alpha": ("in [0, 1]", lambda value: 0 <= value <= 1),
+    "adaptive_tau_min": ("> 0", lambda value: value > 0),
+    "scale_rewards": ("group | batch | none", ("group", "batch", "none").__contains__),
+    "std_floor": (">= 0", lambda value: value >= 0),
+}
+
+
+def _check_ranges(**values):
+    """ValueError for the first of these parameters that is out of range."""
+    for name, value in values.items():
+        admitted, holds = _ADMITTED[name]
+        if not holds(value):
+            raise ValueError(f"{name} must be {admitted}, not {value!r}")
+
+
+def _check_groups(**tensors):
+    """ValueError unless all are finite (P, G) tensors of the same shape, with G >= 2."""
+    shapes = set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
+            found = tuple(getattr(tensor, "shape", ())) or type(tensor).__name__
+            raise ValueError(f"{name}: groups of equal size stand in a (P, G) tensor, not in {found}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} must be finite")
+        shapes.add(tuple(tensor.shape))
+    if len(shapes) > 1:
+        raise ValueError(f"shapes differ: {', '.join(f'{n} {tuple(t.shape)}' for n, t in tensors.items())}")
+    size = shapes.pop()[1]
+    if size < 2:
+        raise ValueError(f"a group needs at least two completions, not {size}")
+
+
+def anchor_kl(logp_GT, anchor_logp_GT, mask_GT):
+    """KL of the policy from its anchor per token, estimated from sampled tokens (Schulman's k3).
+
+        d = anchor_logp - logp          KL = mean over the tokens in the mask of  exp(d) - d - 1
+
+    logp_GT         (G, T) token log-probabilities under the policy [nat]; any number of rows
+    anchor_logp_GT  (G, T) the same under the anchor; no gradient reaches it
+    mask_GT         (G, T) bool, the tokens that count; what stands elsewhere is ignored, whatever it is
+    Returns a scalar >= 0 [nat/token]; 0 where the mask is empty.
+    Raises ValueError if shapes differ.
+    Source: as `reward_target`. Differs: the mask is applied before exp, so that no pad can become inf * 0.
+
+    >>> anchor_kl(torch.tensor([[-1.0, 0.0]]), torch.tensor([[-2.0, 9.0]]), torch.tensor([[True, False]]))
+    tensor(0.3679)
+    """
+    if not logp_GT.shape == anchor_logp_GT.shape == mask_GT.shape:
+        shapes = [tuple(tensor.shape) for tensor in (logp_GT, anchor_logp_GT, mask_GT)]
+        raise ValueError(f"shapes differ: log-probs {shapes[0]}, anchor {shapes[1]}, mask {shapes[2]}")
+    mask_GT = mask_GT.bool()
+    d_GT = (anchor_logp_GT.detach() - logp_GT).masked_fill(~mask_GT, 0.0)
+    return (d_GT.expm1() - d_GT).sum() / mask_GT.sum().clamp(min=1)

@@ -139,9 +139,12 @@ def load_trainable(place, targets, modules_to_save="", *, rank, alpha, seed):
 
 
 def save_adapter(model, folder):
-    """Write a plain PEFT adapter: adapter_config.json and adapter_model.safetensors."""
+    """Write a plain PEFT adapter: adapter_config.json and adapter_model.safetensors.
+
+    Of a model with several adapters it is the one that is trained.
+    """
     with _quiet():
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
     with contextlib.suppress(FileNotFoundError):
         (Path(folder) / "README.md").unlink()  # PEFT's empty model card
 

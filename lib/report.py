@@ -70,6 +70,12 @@ def measure_agreement(groups, scored):
     }
 
 
+def average_metrics(updates):
+    """The mean of each metric over the updates that have it: flat dicts in, one out."""
+    names = dict.fromkeys(name for line in updates for name in line)
+    return {name: fmean(line[name] for line in updates if name in line) for name in names}
+
+
 class StepClock:
     """Seconds of a step and its parts [s]."""
 

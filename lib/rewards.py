@@ -103,8 +103,42 @@ def length_decay(*, completions, completion_ids, prompts, problem, style, start=
     ]
 
 
-BUILT_IN = {
-    function.__name__: function for function in (correctness, answer_tag, tail_position, length_decay)
+def good_accuracy(*, completions, answer, style, grader, ngram_size=4, max_penalty=-0.5, factor=0.1, **_):
+    """1 for a right answer; a wrong one earns 0, or less the more it repeats itself.
+
+        wrong:  factor * max_penalty * (1 - different n-grams / n-grams)
+
+    n-grams are of `ngram_size` words in lower case. The last answer in the prompt's style counts. ValueError
+    for a gold answer that cannot be read as mathematics: in the source of this reward (wk222/TRL-ADPO, and
+    its verl port) it made every answer right.
+    """
+    verdicts = grader.grade([extract_answer(text, style) for text in completions], answer)
+    doubtful = [gold for gold, verdict in zip(answer, verdicts, strict=True) if verdict.unparsed]
+    for index in grader.find_unparsable(doubtful):
+        raise ValueError(f"the gold answer {doubtful[index]!r} cannot be read as mathematics")
+    return [
+        1.0 if verdict.correct else factor * max_penalty * measure_repetition(text, ngram_size)
+        for text, verdict in zip(completions, verdicts, strict=True)
+    ]
+
+
+def measure_repetition(text, size):
+    """Share of the word n-grams of a text that have stood there before."""
+    words = text.lower().split()
+    ngrams = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+_FUNCTIONS = (correctness, answer_tag, tail_position, length_decay, good_accuracy)
+BUILT_IN = {function.__name__: function for function in _FUNCTIONS}
+_ADMITTED = {  # what the options of a function must satisfy: in words, and as a test
+    "length_decay": ("0 <= start < end", lambda o: 0 <= o["start"] < o["end"]),
+    "good_accuracy": (
+        "a whole ngram_size >= 1, max_penalty <= 0 and factor >= 0",
+        lambda o: (
+            type(o["ngram_size"]) is int and o["ngram_size"] >= 1 and o["max_penalty"] <= 0 <= o["factor"]
+        ),
+    ),
 }
 
 
@@ -129,8 +163,7 @@ def parse_rewards(spec, *, style, grader):
         if ".py:" in name:
             function, name = _load_function(name, options), name.rpartition(":")[2]
         elif name in BUILT_IN:
-            known = set(inspect.signature(BUILT_IN[name]).parameters) & {"start", "end"}
-            _check_options(name, options, known)
+            _check_options(name, options)
             function = functools.partial(BUILT_IN[name], style=style, grader=grader, **options)
         else:
             raise UserError(
@@ -161,14 +194,21 @@ def _read_options(match):
     return options
 
 
-def _check_options(name, options, known):
-    unknown = sorted(set(options) - known)
+def _check_options(name, options):
+    """UserError for an option that a built-in function does not take, or a value it cannot work with."""
+    defaults = BUILT_IN[name].__kwdefaults__ or {}
+    unknown = sorted(set(options) - set(defaults))
     if unknown:
-        takes = f"takes {', '.join(sorted(known))}" if known else "takes none"
+        takes = f"takes {', '.join(sorted(defaults))}" if defaults else "takes none"
         raise UserError(f"--rewards: {name} has no option {unknown[0]!r}; it {takes}")
-    start, end = options.get("start", 800), options.get("end", 1000)
-    if not all(isinstance(value, (int, float)) for value in (start, end)) or not 0 <= start < end:
-        raise UserError(f"--rewards: {name} needs 0 <= start < end, not start={start}, end={end}")
+    for key, value in options.items():
+        if isinstance(value, str) or isinstance(value, bool) != isinstance(defaults[key], bool):
+            raise UserError(f"--rewards: {name} cannot take {key}={value}, it is {defaults[key]} by default")
+    values = defaults | options
+    admitted, holds = _ADMITTED.get(name, ("", lambda o: True))
+    if not holds(values):
+        found = ", ".join(f"{key}={value}" for key, value in values.items())
+        raise UserError(f"--rewards: {name} needs {admitted}, not {found}")
 
 
 def _import_function(place, option):

@@ -25,6 +25,7 @@ from lib.checkpoints import (
     disk_errors_named,
     find_damage,
     point_to,
+    read_part,
     read_state,
     remove_leftovers,
     write_checkpoint,
@@ -142,15 +143,16 @@ class RunLog:
         write_parquet(path, rows)
         return path
 
-    def save(self, step, policy, *, sampling):
-        """Write the checkpoint of `step`: adapter, optimizer, random states, counters, sampling settings.
+    def save(self, step, policy, *, sampling, **parts):
+        """Write the checkpoint of `step`: adapter, optimizer, random states, counters, sampling, and `parts`.
 
         After Ctrl-C this is the last thing a run does: it says how to continue, and exits.
         """
         folder = self.folder / "checkpoints" / f"step_{step:06d}"
         with disk_errors_named(self.folder / "metrics.jsonl"):
             os.fsync(self._metrics_file.fileno())
-        write_checkpoint(folder, policy, state={**self.state, "step": step}, sampling=sampling)
+        state = {**self.state, "step": step}
+        write_checkpoint(folder, policy, state=state, sampling=sampling, parts=parts)
         if self.state["best_step"]:
             point_to(self.folder / "checkpoints" / "best", f"step_{self.state['best_step']:06d}")
         if self.interrupted:
@@ -167,11 +169,13 @@ class RunLog:
             self.state["best"], self.state["best_step"] = score, step
         return {f"eval/{name}": summary[name] for name in EVAL_METRICS if name in summary}
 
-    def restore(self, policy):
-        """Put the policy where the checkpoint left it; at the very start there is nothing to do."""
+    def restore(self, policy, **parts):
+        """Put the policy, and the parts, where the checkpoint left them; at the very start do nothing."""
         if self.checkpoint:
             load_adapter_weights(policy.model, self.checkpoint)
             policy.load_state_tensors(self._tensors)
+            for name, part in parts.items():
+                part.load_state_tensors(read_part(self._tensors, name))
             self._tensors = None
 
     def load_best(self, policy):

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import train_grdpo  # noqa: E402, F401  for its imports
+import train_adpo  # noqa: E402, F401  for its imports
+import train_grdpo  # noqa: E402, F401
 from lib.sampler import TransformersSampler  # noqa: E402
 
 
@@ -56,6 +57,6 @@ def run_child(script, arguments, *, kill_at=None):
 if __name__ == "__main__":
     script, kills, seed, *arguments = sys.argv[1:]
     rng = random.Random(int(seed))
-    statuses = [run_child(script, arguments, kill_at=rng.randrange(5, 260)) for _ in range(int(kills))]
+    statuses = [run_child(script, arguments, kill_at=rng.randrange(5, 130)) for _ in range(int(kills))]
     statuses.append(run_child(script, arguments))
     print("statuses", *statuses)

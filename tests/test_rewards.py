@@ -84,6 +84,15 @@ def test_grades_tell_answer_from_format(grader):
         ("length_decay(begin=9):1", "no option 'begin'; it takes end, start"),
         ("correctness(x=1):1", "no option 'x'; it takes none"),
         ("length_decay(start):1", "must look like name=value"),
+        ("length_decay(start=soon):1", "cannot take start=soon, it is 800 by default"),
+        (
+            "good_accuracy(ngram=4):1",
+            "no option 'ngram'; it takes factor, max_penalty, ngram_size",
+        ),
+        ("good_accuracy(ngram_size=0):1", "needs a whole ngram_size >= 1"),
+        ("good_accuracy(ngram_size=1.5):1", "needs a whole ngram_size >= 1"),
+        ("good_accuracy(max_penalty=0.5):1", "max_penalty <= 0 and factor >= 0, not .*max_penalty=0.5"),
+        ("good_accuracy(factor=-1):1", "factor >= 0, not .*factor=-1"),
         ("nowhere.py:f:1", "no file /.*nowhere.py"),
         ("broken.py:f:1", "cannot be imported"),
         ("mine.py:g:1", "has no function 'g'"),
@@ -119,3 +128,47 @@ def test_functions_of_other_people(tmp_path, grader):
         score(f"{file}:short:1", make_group(["a", "b", "c"]), grader)
     with pytest.raises(ValueError, match="endless returned a value that is not finite"):
         score(f"{file}:endless:1", make_group(["a"]), grader)
+
+
+REPEATED = [  # a wrong completion, and what it costs at (4, -0.5, 0.1) and at (3, -1, 0.1)
+    ("one two three four five six seven eight nine ten", 0, 0),
+    ("a b c d " * 5, -0.0382353, -0.0777778),
+    ("the " * 100, -0.0494845, -0.0989796),
+    ("x y " * 8, -0.0423077, -0.0857143),
+    ("A b C d a B c D", -0.0100, -0.0333333),
+    (" ".join(f"w{i}" for i in range(20)) + " p q r s p q r s", -0.0020, -0.0076923),
+    ("one two three", 0, 0),
+    ("one two three four", 0, 0),
+    ("", 0, 0),
+]
+
+
+@pytest.mark.parametrize(("text", "default", "of_the_recipe"), REPEATED)
+def test_a_wrong_answer_costs_what_it_repeats(grader, text, default, of_the_recipe):
+    for options, cost in (("", default), ("(ngram_size=3,max_penalty=-1.0,factor=0.1)", of_the_recipe)):
+        group = score(f"good_accuracy{options}:1", make_group([text], answer="42"), grader)
+        assert group.reward == [pytest.approx(cost, abs=5e-8)]
+
+
+def test_a_right_answer_earns_one_however_it_is_said(grader):
+    boxed = [
+        r"so \boxed{42}",
+        "the " * 100 + r"\boxed{42}",
+        r"\boxed{1} or \boxed{42}",
+        r"\boxed{42} or \boxed{1}",
+    ]
+    group = score("good_accuracy:1", make_group(boxed, answer="42"), grader, "boxed")
+    assert group.reward == [1, 1, 1, 0], "the last box counts"
+    half = make_group(
+        [r"\boxed{\frac{1}{2}}", r"\boxed{\dfrac{1}{2}}", r"\boxed{\{1, 2\}}"], answer=r"\frac{1}{2}"
+    )
+    assert score("good_accuracy:1", half, grader, "boxed").reward == [1, 1, 0]
+    texts = ["<answer> 42 </answer>", "First some words.\n42", r"\boxed{42}"]
+    assert score("good_accuracy:1", make_group(texts, answer="42"), grader).reward == [1, 0, 0]
+
+
+def test_an_unreadable_gold_answer_is_an_error_and_not_a_right_answer(grader):
+    with pytest.raises(ValueError, match=r"gold answer '\?\?\?' cannot be read"):
+        score("good_accuracy:1", make_group(["<answer>4</answer>"], answer="???"), grader)
+    unreadable = make_group(["<answer>???</answer>", "<answer>4</answer>"], answer="4")
+    assert score("good_accuracy:1", unreadable, grader).reward == [0, 1], "an unreadable answer is only wrong"

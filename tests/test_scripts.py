@@ -1,6 +1,8 @@
 """Whole scripts, as a user runs them: on the shipped model, by subprocess, offline."""
 
+import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,12 +18,15 @@ from tests.conftest import ROOT, TINY
 SMALL = {
     "--max-steps": "4",
     "--group-size": "4",
-    "--easy": "1",
-    "--hard": "0",
     "--eval-samples": "2",
     "--eval-every": "2",
     "--save-every": "1",
     "--report-to": "none",
+}
+# What each script adds: few problems, and in the second one all the state that there can be.
+OWN = {
+    "train_grdpo.py": {"--easy": "1", "--hard": "0"},
+    "train_adpo.py": {"--problems-per-step": "3", "--anchor": "ema", "--updates-per-batch": "2"},
 }
 CLOCKS = ("step_time", "time/", "memory/", "perf/")
 
@@ -53,10 +58,14 @@ def run(*words, check=True, cwd=ROOT, **options):
     return process
 
 
-def train(folder, data, *words, check=True, **changes):
-    settings = SMALL | {f"--{key.replace('_', '-')}": str(value) for key, value in changes.items()}
-    flat = [word for pair in settings.items() for word in pair]
-    return run("train_grdpo.py", "--output-dir", folder, *data, *flat, *words, check=check)
+def small(script="train_grdpo.py", **changes):
+    """Arguments of a run of four small steps."""
+    settings = {f"--{key.replace('_', '-')}": str(value) for key, value in changes.items()}
+    return [word for pair in (SMALL | OWN[script] | settings).items() for word in pair]
+
+
+def train(folder, data, *words, script="train_grdpo.py", check=True, **changes):
+    return run(script, "--output-dir", folder, *data, *small(script, **changes), *words, check=check)
 
 
 def timeless(folder):
@@ -77,11 +86,20 @@ def timeless(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, data):
-    """A run of four steps that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    output = train(folder, data).stdout
-    return folder, output
+def finish(tmp_path_factory, data):
+    """Runs of four steps that nobody disturbed, by script: (folder, output)."""
+
+    @functools.cache
+    def once(script):
+        folder = tmp_path_factory.mktemp("runs") / script
+        return folder, train(folder, data, script=script).stdout
+
+    return once
+
+
+@pytest.fixture(scope="module")
+def finished(finish):
+    return finish("train_grdpo.py")
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
@@ -119,25 +137,27 @@ def test_a_finished_run_prints_its_table_again(finished, data):
     assert output.endswith(again)
 
 
-def test_the_same_seed_gives_the_same_run_bit_for_bit(finished, data, tmp_path):
-    train(tmp_path / "again", data)
-    assert timeless(tmp_path / "again") == timeless(finished[0])
-    train(tmp_path / "other", data, seed=2)
-    assert timeless(tmp_path / "other")[2] != timeless(finished[0])[2]
+@pytest.mark.parametrize("script", OWN)
+def test_the_same_seed_gives_the_same_run_bit_for_bit(finish, data, tmp_path, script):
+    folder, _ = finish(script)
+    train(tmp_path / "again", data, script=script)
+    assert timeless(tmp_path / "again") == timeless(folder)
+    train(tmp_path / "other", data, script=script, seed=2)
+    assert timeless(tmp_path / "other")[2] != timeless(folder)[2]
 
 
-def test_a_run_killed_twenty_times_is_the_undisturbed_run(finished, data, tmp_path):
-    settings = [word for pair in SMALL.items() for word in pair]
-    words = ["--output-dir", tmp_path / "killed", *data, *settings]
-    shown = run("tests/resume_driver.py", "train_grdpo.py", 20, 1, *words, timeout=1200).stdout
+@pytest.mark.parametrize("script", OWN)
+def test_a_run_killed_twenty_times_is_the_undisturbed_run(finish, data, tmp_path, script):
+    words = ["--output-dir", tmp_path / "killed", *data, *small(script)]
+    shown = run("tests/resume_driver.py", script, 20, 1, *words, timeout=1200).stdout
     statuses = [int(word) for word in shown.splitlines()[-1].split()[1:]]
     assert statuses[-1] == 0
-    assert statuses.count(-signal.SIGKILL) >= 15, statuses
-    assert timeless(tmp_path / "killed") == timeless(finished[0])
+    assert statuses.count(-signal.SIGKILL) >= 10, statuses
+    assert timeless(tmp_path / "killed") == timeless(finish(script)[0])
 
 
 def test_ctrl_c_saves_and_says_how_to_continue(finished, data, tmp_path):
-    words = [word for pair in SMALL.items() for word in pair]
+    words = small()
     command = [sys.executable, "train_grdpo.py", "--output-dir", tmp_path / "r", *data, *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -154,7 +174,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(finished, data, tmp_path):
 
 
 def test_the_second_process_on_a_folder_is_refused(data, tmp_path):
-    words = [word for pair in SMALL.items() for word in pair]
+    words = small()
     command = [
         sys.executable,
         "train_grdpo.py",
@@ -183,7 +203,7 @@ def test_a_full_disk_ends_with_one_line_and_the_last_checkpoint_intact(finished,
         "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    words = [word for pair in SMALL.items() for word in pair]
+    words = small()
     process = run("-c", code, "train_grdpo.py", "--output-dir", tmp_path / "full", *data, *words, check=False)
     assert process.returncode == 2, process.stdout + process.stderr
     assert process.stderr.splitlines()[-1].startswith("error: no space left while writing")
@@ -285,20 +305,86 @@ def test_every_mistake_is_one_line_and_exit_code_2(
 ):
     """In this process, to save the imports: `run_script` is all that a script does."""
     import train_grdpo
-    from lib.settings import current_settings, run_script
 
     monkeypatch.chdir(ROOT)
-    before = current_settings(train_grdpo.main)
     words = [word.format(**broken_things) if word.startswith("{") else word for word in words]
     output = [] if "--output-dir" in words else ["--output-dir", str(tmp_path / "r")]
+    check_mistake(train_grdpo, [*output, *words], message, capsys)
+
+
+def check_mistake(script, words, message, capsys):
+    from lib.settings import current_settings, run_script
+
+    before = current_settings(script.main)
     with pytest.raises(SystemExit) as caught:
-        run_script(train_grdpo.main, [*output, *words])
-    train_grdpo.__dict__.update(before)
+        run_script(script.main, words)
+    script.__dict__.update(before)
     assert caught.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1, error
     assert error[0].startswith("error: ")
     assert message in error[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "admitted"),
+    [
+        ("--tau", "0", "must be > 0"),
+        ("--tau", "-1", "must be > 0"),
+        ("--reward-temperature", "0", "must be > 0"),
+        ("--adaptive-tau", "on", "must be one of off | original | inverted"),
+        ("--adaptive-tau-alpha", "1.5", "must be >= 0 and <= 1"),
+        ("--adaptive-tau-alpha", "-0.1", "must be >= 0 and <= 1"),
+        ("--adaptive-tau-min", "0", "must be > 0"),
+        ("--group-size", "1", "must be >= 2"),
+        ("--scale-rewards", "std", "must be one of group | batch | none"),
+        ("--std-floor", "-1", "must be >= 0"),
+        ("--anchor", "moving", "must be one of on_policy | fixed | ema | kl_triggered"),
+        ("--ema-decay", "1.1", "must be >= 0 and <= 1"),
+        ("--drift-threshold", "0", "must be > 0"),
+        ("--anchor-kl-coef", "-0.1", "must be >= 0"),
+        ("--updates-per-batch", "0", "must be >= 1"),
+        ("--logprob-reduction", "max", "must be one of sum | mean"),
+        ("--rewards", "good_accuracy(ngram_size=0):1", "needs a whole ngram_size >= 1"),
+    ],
+)
+def test_settings_of_the_anchored_loss_are_checked_before_anything_loads(
+    option, value, admitted, tmp_path, capsys
+):
+    import train_adpo
+
+    words = ["--model", "nowhere/at/all", "--output-dir", str(tmp_path / "r"), option, value]
+    check_mistake(train_adpo, words, admitted, capsys)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("anchor", ["on_policy", "fixed", "ema", "kl_triggered"])
+def test_every_anchor_trains_and_says_what_it_does(data, tmp_path, anchor):
+    """Two updates a batch: the second one is off-policy, and the anchor shows in the metrics."""
+    words = ["--anchor", anchor, "--drift-threshold", "1e-6", "--anchor-kl-coef", "0.1", "--drop-failed"]
+    shown = train(tmp_path / "r", data, *words, script="train_adpo.py", save_every=4, eval_every=4).stdout
+    assert shown.count("the loss is ln 4 = 1.386 whatever is learned") == 1
+    metrics = read_metrics(tmp_path / "r")
+    assert metrics[-1]["adpo/anchor_updates"] == {"ema": 8}.get(anchor, 0), "ten steps fill a window"
+    for line in metrics:
+        assert line["adpo/anchor_drift"] > line["adpo/token_drift"] > 0
+        assert line["adpo/kl_penalty"] >= 0
+        assert line["adpo/anchor_kl"] > 0
+        assert line["adpo/mean_tau"] == pytest.approx(0.8)
+        assert 0 < line["adpo/target_entropy"] <= math.log(4) + 1e-6
+        assert 0 <= line["adpo/dropped_prompts"] <= 3
+
+
+def test_the_loss_of_on_policy_updates_is_ln_g_and_an_adapter_can_be_trained_on(data, tmp_path):
+    once = {"updates_per_batch": 1, "save_every": 4, "eval_every": 4}
+    train(tmp_path / "r", data, "--anchor", "on_policy", script="train_adpo.py", **once)
+    for line in read_metrics(tmp_path / "r"):
+        assert line["loss"] == pytest.approx(math.log(4), abs=1e-6)
+        assert line["adpo/anchor_drift"] == line["adpo/anchor_kl"] == 0
+    words = ["--anchor", "fixed", "--model", tmp_path / "r"]
+    train(tmp_path / "further", data, *words, script="train_adpo.py", max_steps=1, **once)
+    first = read_metrics(tmp_path / "further")[0]
+    assert first["adpo/anchor_drift"] < 1e-3, "the anchor is the adapter that training began from"
 
 
 def test_a_mistake_is_answered_without_a_traceback_within_seconds():
