@@ -57,6 +57,6 @@ def run_child(script, arguments, *, kill_at=None):
 if __name__ == "__main__":
     script, kills, seed, *arguments = sys.argv[1:]
     rng = random.Random(int(seed))
-    statuses = [run_child(script, arguments, kill_at=rng.randrange(5, 130)) for _ in range(int(kills))]
+    statuses = [run_child(script, arguments, kill_at=rng.randrange(3, 75)) for _ in range(int(kills))]
     statuses.append(run_child(script, arguments))
     print("statuses", *statuses)

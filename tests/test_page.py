@@ -183,7 +183,7 @@ def test_the_first_screen_says_who_is_there(one, keep):
     one.until(lambda: "What is 603 + 74?" in one.text("#chat"))
     assert one.until(lambda: one.find("#run input").get_attribute("value")) == "demo"
     assert one.find("#checkpoint input").get_attribute("value") == "best"
-    assert one.find("#max_tokens input").get_attribute("value") == "48", (
+    assert one.find("#max_tokens input").get_attribute("value") == "64", (
         "as in the checkpoint's sampling.json"
     )
     one.until(lambda: "damaged and were ignored" in one.text("body"))
@@ -363,7 +363,7 @@ def test_two_browsers_do_not_mix_and_settings_are_remembered(one, server, place,
     one.ask("What is 8 + 1?")
     one.until(lambda: json.loads((place / "chat.json").read_text())["settings"]["max_new_tokens"] == 47)
     one.click("#reset")
-    one.until(lambda: one.find("#max_tokens input").get_attribute("value") == "48")
+    one.until(lambda: one.find("#max_tokens input").get_attribute("value") == "64")
     one.fill("#max_tokens input", "47")
     one.until(lambda: json.loads((place / "chat.json").read_text())["settings"]["max_new_tokens"] == 47)
     two = Browser(tmp_path / "profile", server)

@@ -183,7 +183,7 @@ def test_a_killed_preparation_does_not_check_twice(script, tmp_path, monkeypatch
     monkeypatch.setattr(Grader, "find_unparsable", dying)
     script_module = load_script("prepare_openr1")
     monkeypatch.setattr(sys.modules["preparing"], "CHUNK", 2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         run_script(script_module.main, [str(word) for word in words])
     assert len(asked) == 2
     with open(tmp_path / "o" / "checked.jsonl", "a") as file:

@@ -86,7 +86,7 @@ def test_settings_and_their_differences(run, tmp_path):
     record = json.loads((other / "settings.json").read_text())
     record["settings"] |= {"BETA": 3.0, "NEW": 1}
     (other / "settings.json").write_text(json.dumps(record))
-    assert sorted(compare_settings(run, other)) == [["BETA", "1.0", "3.0"], ["NEW", "", "1"]]
+    assert sorted(compare_settings(run, other)) == [["BETA", "0.5", "3.0"], ["NEW", "", "1"]]
     (other / "settings.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         compare_settings(run, other)
