@@ -15,7 +15,7 @@ and GRPO in that
     python train_grdpo.py @recipes/grdpo_qwen2.5-1.5b_4090.args     # a real model on a real card
 """
 
-import sys
+import math
 from functools import partial
 
 import torch
@@ -97,8 +97,11 @@ def main():
     train = drop_long_prompts(train, ask, limit=MAX_PROMPT_TOKENS)
     counts = {"easy": EASY, "medium": MEDIUM, "hard": HARD} if train[0].tier else {None: PROBLEMS_PER_STEP}
     batches = Steps(train, counts, seed=SEED)
-    total = min(MAX_STEPS or sys.maxsize, EPOCHS * batches.epoch_steps)
-    settings, data = current_settings(main), (TRAIN_DATA, VALID_DATA, TEST_DATA, place.base)
+    total = min(MAX_STEPS or math.inf, EPOCHS * batches.epoch_steps)
+    settings, data = (
+        current_settings(main),
+        (TRAIN_DATA, VALID_DATA, TEST_DATA, place.base, place.adapter or place.base),
+    )
     run = RunLog(OUTPUT_DIR, "train_grdpo.py", settings, inputs=data, fresh=FRESH, report_to=REPORT_TO)
     if run.finished:
         return print_result(run.folder)
@@ -139,7 +142,9 @@ def main():
             s_N = sequence_logprob(scored.logp_NT, scored.length_N, reduction=LOGPROB_REDUCTION)
             s_PG = s_N.view_as(reward_PG)
             s_PG.retain_grad()
-            loss = grdpo(s_PG, reward_PG, beta=BETA, **which) if s_PG.isfinite().all() else s_PG.sum()
+            loss = (
+                grdpo(s_PG, reward_PG, beta=BETA, **which) if s_PG.isfinite().all() else s_PG.sum() * math.nan
+            )
             loss.backward()
             keep_advantages(groups, -s_PG.grad)
 

@@ -166,6 +166,9 @@ class Policy:
             raise RuntimeError("call loss.backward() before Policy.backward: there is no dL/dlogp yet")
         lengths = scored.length_N.tolist()
         pushed = [i for i, has_weight in enumerate((weight_NT != 0).any(dim=1).tolist()) if has_weight]
+        if not pushed:  # nobody is pushed: no gradient at all, so that the optimizer's momentum rests as well
+            scored.graphs.clear()
+            return
         if scored.graphs:
             for indices, hidden_MH, target_M in scored.graphs:
                 self._pull(hidden_MH, target_M, torch.cat([weight_NT[i, : lengths[i]] for i in indices]))

@@ -19,11 +19,12 @@ PACKAGES = (
 
 
 def hash_input(path):
-    """A short hash of what a run reads: a file, a model folder's config and sizes; a hub id is itself."""
+    """A short hash of what a run reads: a file; config and sizes of a model or adapter; a hub id is itself."""
     file = find_path(path)
     if file.is_dir():
         sizes = sorted((weights.name, weights.stat().st_size) for weights in file.glob("*.safetensors"))
-        return hashlib.sha256((file / "config.json").read_bytes() + str(sizes).encode()).hexdigest()[:16]
+        configs = b"".join(config.read_bytes() for config in sorted(file.glob("*config.json")))
+        return hashlib.sha256(configs + str(sizes).encode()).hexdigest()[:16]
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else str(path)
 
 
