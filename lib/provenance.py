@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def hash_input(path):
-    """A short hash of what a run reads: a file; config and sizes of a model or adapter; a hub id is itself."""
+    """A short hash of what a run reads: a file, or config and sizes of a model; a hub id stays itself."""
     file = find_path(path)
     if file.is_dir():
         sizes = sorted((weights.name, weights.stat().st_size) for weights in file.glob("*.safetensors"))
