@@ -15,9 +15,15 @@ last one. A length is in tokens where the file or --tokenizer says so, else in c
 import json
 from contextlib import ExitStack
 
-from lib.regrading import compare_files, count_with, describe_answered, find_disagreements, grade_answered
+from lib.regrading import (
+    compare_files,
+    count_with,
+    describe_answered,
+    find_disagreements,
+    grade_answered,
+    open_grader,
+)
 from lib.responses import read_responses, split_paths
-from lib.rewards import open_grader
 from lib.settings import UserError, run_script
 from lib.tables import print_difference, print_disagreements, print_summary
 

@@ -127,10 +127,7 @@ def main():
     train = drop_long_prompts(train, ask, limit=MAX_PROMPT_TOKENS)
     batches = Steps(train, {None: PROBLEMS_PER_STEP}, seed=SEED)
     total = min(MAX_STEPS or math.inf, EPOCHS * batches.epoch_steps)
-    settings, data = (
-        current_settings(main),
-        (TRAIN_DATA, VALID_DATA, TEST_DATA, place.base, place.adapter or place.base),
-    )
+    settings, data = current_settings(main), (TRAIN_DATA, VALID_DATA, TEST_DATA, MODEL)
     run = RunLog(OUTPUT_DIR, "train_adpo.py", settings, inputs=data, fresh=FRESH, report_to=REPORT_TO)
     if run.finished:
         return print_result(run.folder)

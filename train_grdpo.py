@@ -15,8 +15,8 @@ and GRPO in that
     python train_grdpo.py @recipes/grdpo_qwen2.5-1.5b_4090.args     # a real model on a real card
 """
 
-import math
 from functools import partial
+from math import inf, nan
 
 import torch
 
@@ -97,11 +97,8 @@ def main():
     train = drop_long_prompts(train, ask, limit=MAX_PROMPT_TOKENS)
     counts = {"easy": EASY, "medium": MEDIUM, "hard": HARD} if train[0].tier else {None: PROBLEMS_PER_STEP}
     batches = Steps(train, counts, seed=SEED)
-    total = min(MAX_STEPS or math.inf, EPOCHS * batches.epoch_steps)
-    settings, data = (
-        current_settings(main),
-        (TRAIN_DATA, VALID_DATA, TEST_DATA, place.base, place.adapter or place.base),
-    )
+    total = min(MAX_STEPS or inf, EPOCHS * batches.epoch_steps)
+    settings, data = current_settings(main), (TRAIN_DATA, VALID_DATA, TEST_DATA, MODEL)
     run = RunLog(OUTPUT_DIR, "train_grdpo.py", settings, inputs=data, fresh=FRESH, report_to=REPORT_TO)
     if run.finished:
         return print_result(run.folder)
@@ -142,9 +139,7 @@ def main():
             s_N = sequence_logprob(scored.logp_NT, scored.length_N, reduction=LOGPROB_REDUCTION)
             s_PG = s_N.view_as(reward_PG)
             s_PG.retain_grad()
-            loss = (
-                grdpo(s_PG, reward_PG, beta=BETA, **which) if s_PG.isfinite().all() else s_PG.sum() * math.nan
-            )
+            loss = grdpo(s_PG, reward_PG, beta=BETA, **which) if s_PG.isfinite().all() else nan * s_PG.sum()
             loss.backward()
             keep_advantages(groups, -s_PG.grad)
 

@@ -1,7 +1,10 @@
 """What saved answers are worth: graded, summed up, compared in pairs; the same numbers as evaluate.py's."""
 
+import inspect
+
+from lib.grading import Grader
 from lib.passk import compare_pairs, summarise, summarise_by
-from lib.rewards import grade_completions
+from lib.rewards import grade_completions, import_function
 from lib.settings import UserError, find_path
 
 
@@ -111,3 +114,16 @@ def find_disagreements(files, grader, other):
     golds, answers = [gold for gold, _ in pairs], [answer for _, answer in pairs]
     sides = [[verdict.correct for verdict in one.grade(answers, golds)] for one in (grader, other)]
     return [row for row in zip(golds, answers, *sides, strict=True) if row[2] != row[3]]
+
+
+def open_grader(name, *, seconds=5.0):
+    """The `Grader` a setting names: standard, string (texts compared), math_verify (its parse and verify, as
+    they are), or file.py:function, called as function(answer, gold) in a worker that can be killed."""
+    if name in ("standard", "string", "math_verify"):
+        return Grader(seconds=seconds, judge=None if name == "standard" else name)
+    function = import_function(name, "--grader") if ".py:" in name else None
+    if function is None or "solution_str" in inspect.signature(function).parameters:
+        kinds = "standard, string, math_verify or file.py:function with function(answer, gold)"
+        raise UserError(f"--grader {name}: must be {kinds}")
+    file, _, function_name = name.rpartition(":")
+    return Grader(seconds=seconds, judge=f"{find_path(file)}:{function_name}")

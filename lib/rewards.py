@@ -17,7 +17,6 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lib.grading import Grader
 from lib.prompts import ends_with_answer, extract_answer, extract_any_answer, has_format, is_echo
 from lib.settings import UserError, find_path
 
@@ -158,7 +157,7 @@ def parse_rewards(spec, *, style, grader):
             weight = float(Fraction(match["weight"]))
         except (ValueError, ZeroDivisionError):
             raise UserError(
-                f"--rewards: {match['weight']!r} is no weight (1, 0.5 or 1/3) in {match.group()!r}"
+                f"--rewards: {match['weight']!r} is no weight like 1/3: {match.group()!r}"
             ) from None
         if ".py:" in name:
             function, name = _load_function(name, options), name.rpartition(":")[2]
@@ -171,9 +170,7 @@ def parse_rewards(spec, *, style, grader):
             )
         rewards.append(Reward(name, weight, function))
     if spec[position:].strip() or not rewards:
-        raise UserError(
-            f"--rewards: cannot read {spec[position:].strip()!r}: entries look like correctness:1"
-        )
+        raise UserError(f"--rewards: cannot read {spec[position:].strip()!r}: write name:weight")
     names = [reward.name for reward in rewards]
     if len(set(names)) < len(names):
         raise UserError("--rewards: the same name stands there twice")
@@ -211,7 +208,7 @@ def _check_options(name, options):
         raise UserError(f"--rewards: {name} needs {admitted}, not {found}")
 
 
-def _import_function(place, option):
+def import_function(place, option):
     """The function that `file.py:name` stands for; UserError says, as `option`, what is not there."""
     file_name, _, function_name = place.rpartition(":")
     file = find_path(file_name)
@@ -231,7 +228,7 @@ def _import_function(place, option):
 
 def _load_function(place, options):
     """A user's reward function from `file.py:name`, as one in TRL's signature."""
-    function = _import_function(place, "--rewards")
+    function = import_function(place, "--rewards")
     chat = options.pop("chat", False)
     if "solution_str" in inspect.signature(function).parameters:
         return functools.partial(_call_verl, function, options)
@@ -301,16 +298,3 @@ def _gather_columns(groups):
         "tier": [problem.tier for problem in problems],
         "source": [problem.source for problem in problems],
     }
-
-
-def open_grader(name, *, seconds=5.0):
-    """The `Grader` a setting names: standard, string (texts compared), math_verify (its parse and verify, as
-    they are), or file.py:function, called as function(answer, gold) in a worker that can be killed."""
-    if name in ("standard", "string", "math_verify"):
-        return Grader(seconds=seconds, judge=None if name == "standard" else name)
-    function = _import_function(name, "--grader") if ".py:" in name else None
-    if function is None or "solution_str" in inspect.signature(function).parameters:
-        kinds = "standard, string, math_verify or file.py:function with function(answer, gold)"
-        raise UserError(f"--grader {name}: must be {kinds}")
-    file, _, function_name = name.rpartition(":")
-    return Grader(seconds=seconds, judge=f"{find_path(file)}:{function_name}")
