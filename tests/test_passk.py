@@ -99,7 +99,7 @@ def test_which_k_are_worth_printing(samples, ks):
 
 
 def test_a_paired_difference_is_surer_than_two_separate_numbers():
-    """Ten hard and ten easy problems, one sample in two better everywhere: by hand +0.5, without any spread."""
+    """Problems half hard, half easy, one sample in two better in each: by hand +0.5, with no spread."""
     base = [make_row([i >= 10, False]) for i in range(20)]
     better = [make_row([i >= 10, True]) for i in range(20)]
     difference = compare_pairs(better, base)
