@@ -111,6 +111,11 @@ class Browser:
         self.until(lambda: len(self.all("#chat .bot.message")) > before and "tokens/s" in self.last_answer())
         return self.text("#chat")
 
+    def clear(self):
+        """Start a new conversation, and wait until the old one is gone."""
+        self.click("#clear")
+        self.until(lambda: not self.all("#chat .bot.message, #chat .user.message"))
+
     def last_answer(self):
         return self.all("#chat .bot.message")[-1].text
 
@@ -221,7 +226,7 @@ def endless(place):
 
 
 def test_an_answer_is_streamed_and_can_be_stopped(one, endless):
-    one.click("#clear")
+    one.clear()
     one.open_section("another")
     one.fill("#other textarea, #other input", str(endless))
     one.click("#open_other")
@@ -235,7 +240,7 @@ def test_an_answer_is_streamed_and_can_be_stopped(one, endless):
     one.click("#stop")
     one.until(lambda: "stopped by you" in one.last_answer())
     assert "tokens/s" in one.last_answer()
-    one.click("#clear")
+    one.clear()
     one.until(lambda: not one.all("#chat .bot.message"))
 
 
@@ -270,7 +275,7 @@ def test_mistakes_are_messages_and_the_page_goes_on(one, place):
 
 
 def test_a_conversation_is_saved_and_loaded(one, tmp_path):
-    one.click("#clear")
+    one.clear()
     one.ask("What is 5 + 6?")
     one.open_section("files")
     one.click("#save")
@@ -293,7 +298,7 @@ def test_a_conversation_is_saved_and_loaded(one, tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     one.find("#files input[type=file]").send_keys(str(tmp_path / "bad.json"))
     one.until(lambda: "holds no conversation" in one.text("body"))
-    one.click("#clear")
+    one.clear()
 
 
 def test_compare_base_and_checkpoint(one, keep):
@@ -359,6 +364,7 @@ def test_samples_are_filtered_sorted_and_opened(one, keep):
 
 def test_two_browsers_do_not_mix_and_settings_are_remembered(one, server, place, tmp_path):
     one.tab("Chat")
+    one.clear()
     one.fill("#max_tokens input", "47")
     one.ask("What is 8 + 1?")
     one.until(lambda: json.loads((place / "chat.json").read_text())["settings"]["max_new_tokens"] == 47)

@@ -1,5 +1,7 @@
 """Constants and command line: the comment is the help and the check."""
 
+import re
+
 import pytest
 
 from lib.settings import UserError, parse_arguments, read_settings
@@ -107,4 +109,6 @@ def test_every_recipe_fits_its_script(recipe):
     settings = read_settings(script.read_text())
     values = parse_arguments(settings, [f"@{recipe}"], prog=script.name, description="")
     assert values["OUTPUT_DIR"].startswith("runs/")
-    assert f"python {script.name} @recipes/{recipe.name}" in recipe.read_text()
+    command = re.search(r"python (\S+)((?: @recipes/\S+)+)", recipe.read_text())
+    assert command[1] == script.name
+    assert command[2].endswith(f"@recipes/{recipe.name}"), "a variant stands on top of its recipe"
