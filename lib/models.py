@@ -46,7 +46,10 @@ def locate_model(path):
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{folder} has an adapter_config.json but no adapter_model.safetensors")
         sampling = folder / SAMPLING_FILE
-        sampled = json.loads(sampling.read_text()) if sampling.is_file() else None
+        try:
+            sampled = json.loads(sampling.read_text()) if sampling.is_file() else None
+        except json.JSONDecodeError:
+            raise UserError(f"{sampling} is damaged: delete it, and set --prompt yourself") from None
         place = ModelPlace(locate_model(base).base, folder, sampled)
         check_adapter(place)
         return place
@@ -103,7 +106,7 @@ def load_model(place, *, device=None, dtype=None, trainable=False):
     with _quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(place.base, dtype=dtype or choose_dtype(device))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise UserError(_explain(place.base, error)) from None
         model.to(device)
         if place.adapter:

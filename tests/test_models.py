@@ -131,3 +131,15 @@ def test_an_adapter_of_another_base_is_told_from_shapes_alone(tmp_path, toy_mode
         UserError, match=r"belongs to another base: .*q_proj is 32 wide in it and 128 wide there"
     ):
         locate_model(tmp_path / "adapter")
+
+
+def test_damaged_files_are_named(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    (model / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_model(locate_model(model))
+    save_adapter(load(locate_model(TINY)), tmp_path / "adapter")
+    (tmp_path / "adapter" / "sampling.json").write_text("{")
+    with pytest.raises(UserError, match=r"sampling\.json is damaged"):
+        locate_model(tmp_path / "adapter")
