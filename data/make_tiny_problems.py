@@ -61,7 +61,7 @@ def measure_ability(model_path, sums, *, seed):
             problems,
             ask=partial(encode_prompt, tokenizer, style="answer_tag"),
             samples=SAMPLES,
-            params=SamplingParams(temperature=0.7, max_new_tokens=64),
+            params=SamplingParams(temperature=0.7, max_new_tokens=48),
             grade=partial(grade_groups, style="answer_tag", grader=grader),
             seed=seed,
         )
