@@ -20,10 +20,10 @@ from lib.regrading import (
     count_with,
     describe_answered,
     find_disagreements,
-    grade_answered,
     open_grader,
 )
 from lib.responses import read_responses, split_paths
+from lib.rewards import grade_groups
 from lib.settings import UserError, run_script
 from lib.tables import print_difference, print_disagreements, print_summary
 
@@ -60,7 +60,7 @@ def main():
         )
         read = [(path, *read_responses(path, columns=columns, style=PROMPT)) for path in paths]
         for path, answered, style in read:
-            grade_answered(answered, style=style, grader=grader)
+            grade_groups(answered, style=style, grader=grader)
             files.append((path, answered, *describe_answered(answered, count), style))
         if DISAGREEMENTS:
             differ = find_disagreements(files, grader, other)

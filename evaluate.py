@@ -32,7 +32,7 @@ from lib.grading import Grader
 from lib.models import load_tokenizer, locate_model
 from lib.prompts import encode_prompt, find_style
 from lib.provenance import hash_input
-from lib.regrading import compare_files, describe_answered, grade_answered
+from lib.regrading import compare_files, describe_answered
 from lib.responses import read_responses
 from lib.rewards import grade_groups
 from lib.settings import find_path, run_script
@@ -133,7 +133,7 @@ def report(jobs, theirs, grader):
     read = {}
     for path in dict.fromkeys([*(folder for folder, _, _ in jobs), *filter(None, [theirs])]):
         answered, style = read_responses(path)
-        grade_answered(answered, style=style, grader=grader)
+        grade_groups(answered, style=style, grader=grader)
         read[path] = (str(path), answered, *describe_answered(answered, None))
         print_summary(f"{path}, style {style}", read[path][3])
     points = [(step, read[folder][3]) for folder, step, _ in jobs if step is not None]

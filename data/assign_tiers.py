@@ -27,8 +27,9 @@ from preparing import write_problems  # noqa: E402
 from lib.batches import TIERS, load_problems  # noqa: E402
 from lib.checkpoints import write_json  # noqa: E402
 from lib.grading import Grader  # noqa: E402
-from lib.regrading import grade_answered, pair_up  # noqa: E402
+from lib.regrading import pair_up  # noqa: E402
 from lib.responses import read_responses  # noqa: E402
+from lib.rewards import grade_groups  # noqa: E402
 from lib.settings import UserError, current_settings, find_path, run_script  # noqa: E402
 
 # --- what is read
@@ -63,7 +64,6 @@ def sample_answers(model, folder, problems, grader):
     from lib.models import load_tokenizer, locate_model
     from lib.prompts import encode_prompt
     from lib.provenance import hash_input
-    from lib.rewards import grade_groups
 
     place, style = locate_model(model), PROMPT or "answer_tag"
     tokenizer = load_tokenizer(place)
@@ -120,7 +120,7 @@ def main():
                 sample_answers(path, folder, problems, grader)
                 path = folder
             answered, style = read_responses(path, style=PROMPT)
-            sides.append(grade_answered(answered, style=style, grader=grader))
+            sides.append(grade_groups(answered, style=style, grader=grader))
     small, large = sides
     pairs, rows, known = pair_up(small, large), [], {one.problem: one for one in problems}
     for i, j in pairs:

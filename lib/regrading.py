@@ -4,18 +4,8 @@ import inspect
 
 from lib.grading import Grader
 from lib.passk import compare_pairs, summarise, summarise_by
-from lib.rewards import grade_completions, import_function
+from lib.rewards import import_function
 from lib.settings import UserError, find_path
-
-
-def grade_answered(answered, *, style, grader):
-    """Fill `grades` of each `Answered`, and return them."""
-    texts = [text for one in answered for text in one.completions]
-    golds = [one.problem.answer for one in answered for _ in one.completions]
-    grades = iter(grade_completions(texts, golds, style=style, grader=grader))
-    for one in answered:
-        one.grades = [next(grades) for _ in one.completions]
-    return answered
 
 
 def row_of(grades, lengths, clipped):

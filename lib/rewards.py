@@ -61,7 +61,7 @@ def grade_completions(completions, golds, *, style, grader):
 
 
 def grade_groups(groups, *, style, grader):
-    """Fill `grades` of every group, and return the groups."""
+    """Fill `grades` of every group (sampled, or read from a file), and return the groups."""
     texts = [text for group in groups for text in group.completions]
     golds = [group.problem.answer for group in groups for _ in group.completions]
     grades = iter(grade_completions(texts, golds, style=style, grader=grader))

@@ -241,7 +241,6 @@ def test_an_answer_is_streamed_and_can_be_stopped(one, endless):
     one.until(lambda: "stopped by you" in one.last_answer())
     assert "tokens/s" in one.last_answer()
     one.clear()
-    one.until(lambda: not one.all("#chat .bot.message"))
 
 
 def test_another_checkpoint_and_the_base(one):
