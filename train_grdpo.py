@@ -20,18 +20,20 @@ from math import inf, nan
 
 import torch
 
-from lib.batches import Steps, drop_long_prompts, load_problems
+from lib.agreement import compare, probe_sampler
+from lib.batches import Steps, drop_long_prompts, load_problems, longest_prompt
 from lib.draws import SamplingParams
+from lib.engines import choose_engines, load_policy, open_sampler
 from lib.evaluation import EVAL_TEMPERATURE, evaluate_problems, save_evaluation, summarise_groups
 from lib.grading import Grader
 from lib.losses import count_silent_groups, grdpo, sequence_logprob
-from lib.models import load_tokenizer, load_trainable, locate_model
-from lib.policy import Policy, find_optimizer, learning_rate_at, peak_memory_gib
+from lib.models import load_tokenizer, locate_model
+from lib.policy import find_optimizer, learning_rate_at, peak_memory_gib
 from lib.prompts import encode_prompt
-from lib.report import StepClock, StepLines, measure_agreement, measure_groups, print_result
+from lib.report import StepClock, StepLines, measure_groups, print_result
 from lib.rewards import grade_groups, parse_rewards, score_groups
 from lib.runlog import RunLog
-from lib.sampler import TransformersSampler, keep_advantages
+from lib.sampler import keep_advantages
 from lib.settings import current_settings, run_script
 
 # --- what is trained, on what, and where it goes
@@ -78,6 +80,11 @@ MAX_NEW_TOKENS = 64  # >= 1, tokens per completion
 EVAL_SAMPLES = 10  # >= 1, answers per problem in evaluations, sampled as evaluate.py does
 
 # --- how it runs
+ENGINE = "auto"  # auto | unsloth | peft: what trains; auto is unsloth on a card where it is installed
+SAMPLER = "auto"  # auto | vllm | transformers: what samples; auto is vllm on a card where it is installed
+SAMPLER_MEMORY = 0.5  # > 0 and < 1, share of the card for vLLM: weights and cache
+AGREEMENT: float | None = None  # > 0, sampler and policy may differ so much [nat]; none: 1e-4, bf16 0.03
+LOAD_IN_4BIT = False  # hold the base in 4 bits, by bitsandbytes
 TOKENS_PER_MICROBATCH = 16384  # >= 1, padded tokens in one forward: memory against speed
 GRADIENT_CHECKPOINTING = False  # recompute activations in backward: less memory, a third more time
 SAVE_EVERY = 10  # >= 1, steps between checkpoints
@@ -87,6 +94,7 @@ REPORT_TO = "tensorboard"  # tensorboard | wandb | trackio | none
 
 def main():
     # Everything a run needs is read and checked before the model is loaded, cheap failures first.
+    engines = choose_engines(ENGINE, SAMPLER)
     grader = Grader()
     rewards = parse_rewards(REWARDS, style=PROMPT, grader=grader)
     find_optimizer(OPTIMIZER)
@@ -103,11 +111,20 @@ def main():
     if run.finished:
         return print_result(run.folder)
 
-    model = load_trainable(place, LORA_TARGETS, MODULES_TO_SAVE, rank=LORA_RANK, alpha=LORA_ALPHA, seed=SEED)
-    policy = Policy(model, tokenizer, TOKENS_PER_MICROBATCH, gradient_checkpointing=GRADIENT_CHECKPOINTING)
+    lora = {
+        "targets": LORA_TARGETS,
+        "modules_to_save": MODULES_TO_SAVE,
+        "rank": LORA_RANK,
+        "alpha": LORA_ALPHA,
+    }
+    card = {"tokens_per_microbatch": TOKENS_PER_MICROBATCH, "gradient_checkpointing": GRADIENT_CHECKPOINTING}
+    card |= {"load_in_4bit": LOAD_IN_4BIT, "memory_share": SAMPLER_MEMORY}
+    card["context"] = max(MAX_PROMPT_TOKENS, longest_prompt(valid + test, ask)) + MAX_NEW_TOKENS
+    policy = load_policy(engines, place, tokenizer, lora=lora, card=card, seed=SEED)
     policy.start_optimizer(OPTIMIZER, weight_decay=WEIGHT_DECAY)
     run.restore(policy)
-    sampler = TransformersSampler(model, tokenizer)
+    sampler = open_sampler(engines, policy, place, card=card)
+    probe_sampler(policy, sampler, train[0], ask(train[0].problem), tolerance=AGREEMENT)
     params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
     eval_params = SamplingParams(temperature=EVAL_TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
     sampling = {"prompt": PROMPT, "thinking": THINKING} | vars(eval_params)
@@ -152,7 +169,8 @@ def main():
             # 6. Log and save.
             metrics = {"loss": loss.item(), "grad_norm": grad_norm, "learning_rate": rate}
             metrics["batch/groups_without_pairs"] = count_silent_groups(reward_PG, **which)
-            metrics |= measure_groups(groups) | measure_agreement(groups, scored)
+            metrics |= measure_groups(groups)
+            metrics |= compare(groups, scored.logp_NT, tolerance=AGREEMENT, dtype=policy.dtype)
             if evaluating := step % EVAL_EVERY == 0 or step == total:
                 metrics |= run.keep_best(step, summarise_groups(evaluate(valid)))
             metrics |= clock.metrics() | {"memory/peak_gib": peak_memory_gib(policy.device)}

@@ -184,6 +184,11 @@ def drop_long_prompts(problems, ask, *, limit):
     return kept
 
 
+def longest_prompt(problems, ask):
+    """Tokens of the longest prompt among `problems`; `ask` as in `drop_long_prompts`."""
+    return max(len(ask(problem.problem)) for problem in problems)
+
+
 class Steps:
     """What each step works on: `steps[k]` is a list of problems and a function of (seed, k) alone.
 

@@ -127,6 +127,11 @@ class Policy:
     def device(self):
         return self.causal_lm.device
 
+    @property
+    def dtype(self):
+        """What the base computes in."""
+        return self.causal_lm.dtype
+
     def logprobs(self, groups, *, keep_graph=True):
         """`Scored` of all completions of all groups, one row each, in their order.
 
