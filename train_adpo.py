@@ -26,7 +26,7 @@ from lib.evaluation import EVAL_TEMPERATURE, evaluate_problems, save_evaluation,
 from lib.grading import Grader
 from lib.losses import adpo, anchor_kl, mask_tokens, sequence_logprob
 from lib.models import load_tokenizer, load_trainable, locate_model
-from lib.policy import Policy, find_optimizer, learning_rate_at, peak_memory_gib
+from lib.policy import Policy, find_optimizer, learning_rate_at
 from lib.prompts import encode_prompt
 from lib.report import StepClock, StepLines, average_metrics, measure_agreement, measure_groups, print_result
 from lib.rewards import grade_groups, parse_rewards, score_groups
@@ -166,11 +166,12 @@ def main():
             updates = []
             for update in range((step - 1) * UPDATES_PER_BATCH, step * UPDATES_PER_BATCH):
                 # 4. Turn rewards into a push: from the anchor, towards the softmax of the rewards.
-                scored = policy.logprobs(groups)
+                alike = ANCHOR == "on_policy" and UPDATES_PER_BATCH == 1  # measured from itself
+                scored = policy.logprobs(groups, later=alike)
                 measured = push(groups, scored, anchor.logprobs(groups, scored))
-                measured |= {} if updates else measure_agreement(groups, scored)
                 # 5. Back-propagate the push through the model, take an optimizer step, and move the anchor.
                 policy.backward(scored)
+                measured |= {} if updates else measure_agreement(groups, scored)
                 rate = learning_rate_at(update, total * UPDATES_PER_BATCH, **schedule)
                 grad_norm = policy.step(rate, max_grad_norm=MAX_GRAD_NORM)
                 anchor.follow(measured["adpo/token_drift"], stepped=math.isfinite(grad_norm))
@@ -183,7 +184,7 @@ def main():
             )
             if evaluating := step % EVAL_EVERY == 0 or step == total:
                 metrics |= run.keep_best(step, summarise_groups(evaluate(valid)))
-            metrics |= clock.metrics() | {"memory/peak_gib": peak_memory_gib(policy.device)}
+            metrics |= clock.metrics() | policy.memory_metrics()
             run.log_step(step, metrics, groups)
             lines.show(step, metrics, groups)
             if evaluating or step % SAVE_EVERY == 0 or run.interrupted:

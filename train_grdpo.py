@@ -26,7 +26,7 @@ from lib.evaluation import EVAL_TEMPERATURE, evaluate_problems, save_evaluation,
 from lib.grading import Grader
 from lib.losses import count_silent_groups, grdpo, sequence_logprob
 from lib.models import load_tokenizer, load_trainable, locate_model
-from lib.policy import Policy, find_optimizer, learning_rate_at, peak_memory_gib
+from lib.policy import Policy, find_optimizer, learning_rate_at
 from lib.prompts import encode_prompt
 from lib.report import StepClock, StepLines, measure_agreement, measure_groups, print_result
 from lib.rewards import grade_groups, parse_rewards, score_groups
@@ -155,7 +155,7 @@ def main():
             metrics |= measure_groups(groups) | measure_agreement(groups, scored)
             if evaluating := step % EVAL_EVERY == 0 or step == total:
                 metrics |= run.keep_best(step, summarise_groups(evaluate(valid)))
-            metrics |= clock.metrics() | {"memory/peak_gib": peak_memory_gib(policy.device)}
+            metrics |= clock.metrics() | policy.memory_metrics()
             run.log_step(step, metrics, groups)
             lines.show(step, metrics, groups)
             if evaluating or step % SAVE_EVERY == 0 or run.interrupted:
