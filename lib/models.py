@@ -1,6 +1,9 @@
 """From a path to a model: what is it, is it there, and what belongs to it?
 
 A path may be a model folder, an adapter folder, a run folder (its best or newest checkpoint) or a hub id.
+
+transformers and peft are imported inside the functions: unsloth must be imported before them (`engines`), and
+a mistake in a setting should not wait for them.
 """
 
 import contextlib
@@ -14,9 +17,6 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from lib.settings import UserError, find_path
 
@@ -94,6 +94,8 @@ def choose_dtype(device):
 
 def load_tokenizer(place):
     """The tokenizer of a model's base. UserError if a hub id has none or cannot be reached."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(place.base)
     except (OSError, ValueError) as error:
@@ -102,6 +104,9 @@ def load_tokenizer(place):
 
 def load_model(place, *, device=None, dtype=None, trainable=False):
     """The model at a `ModelPlace`, in evaluation mode; with an adapter it is a PEFT model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     device = device or choose_device()
     with _quiet():
         try:
@@ -122,6 +127,8 @@ def load_trainable(place, targets, modules_to_save="", *, rank, alpha, seed):
     modules_to_save  names of modules that are trained whole, separated by blanks
     Dropout is 0: the two passes of the gradient must compute the same function.
     """
+    from peft import LoraConfig, get_peft_model
+
     model = load_model(place, trainable=True)
     if place.adapter:
         return model
@@ -154,6 +161,8 @@ def save_adapter(model, folder):
 
 def load_adapter_weights(model, folder):
     """Put the weights of a saved adapter into a PEFT model of the same shape, in place."""
+    from peft import set_peft_model_state_dict
+
     weights = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
     with _quiet():
         set_peft_model_state_dict(model, weights)
@@ -161,6 +170,8 @@ def load_adapter_weights(model, folder):
 
 def check_adapter(place):
     """UserError if the adapter at `place` is of another base: told from shapes, no weight is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
         config = AutoConfig.from_pretrained(place.base)
     except (OSError, ValueError) as error:
@@ -175,6 +186,8 @@ def attach_adapter(model, folder, name):
     model   a plain causal LM, or a PEFT model that has adapters already
     UserError, and the model is as before, where the adapter is damaged or belongs to another base.
     """
+    from peft import PeftConfig, PeftModel
+
     plain = not isinstance(model, PeftModel)
     _check_fit(model if plain else model.get_base_model(), folder)
     try:
@@ -223,6 +236,8 @@ def _explain(base, error):
 @contextlib.contextmanager
 def _quiet():
     """Without the progress bars and notes that libraries print around loading and saving."""
+    from transformers.utils import logging as transformers_logging
+
     level = logging.getLogger("transformers").level
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

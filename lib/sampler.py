@@ -9,8 +9,6 @@ Shape suffixes: P prompts, N = P * G rows still decoding, V vocabulary, L cached
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from lib.draws import draw_key, draw_tokens
 
@@ -43,33 +41,30 @@ def keep_advantages(groups, advantage_PG):
         group.advantage = advantage_G
 
 
-class _RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with spare columns, so that a step writes one column and copies none."""
+def find_end_ids(generation_config, tokenizer):
+    """Every token id that ends a completion, sorted: a model may have several, its tokenizer knows one."""
+    ends = generation_config.eos_token_id
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
 
-    spare = 64
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.room = [key_states.contiguous(), value_states.contiguous()]
-            self.keys, self.values = self.room
-            return self.keys, self.values
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        if end > self.room[0].shape[2]:
-            self.room = [
-                torch.nn.functional.pad(held, (0, 0, 0, self.spare)) for held in (self.keys, self.values)
-            ]
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, start:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
-        return self.keys, self.values
+def decode_completions(tokenizer, rows, *, end_ids):
+    """Plain strings, without the end token but with every other special token the model wrote."""
+    bare = [ids[:-1] if ids and ids[-1] in end_ids else ids for ids in rows]
+    return tokenizer.batch_decode(bare, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def keep_rows(self, index_N):
-        """Keep (and repeat) rows by index, with the columns in use."""
-        self.keys, self.values = self.room = [
-            held.index_select(0, index_N) for held in (self.keys, self.values)
-        ]
+
+def build_groups(sampler, problems, prompts, rows):
+    """One `Group` per problem from a sampler's rows: (token ids, log-probs, ended) of each completion, those
+    of a problem together. The sampler lends its tokenizer and its end ids."""
+    size, groups = len(rows) // len(problems), []
+    for i, (problem, prompt_ids) in enumerate(zip(problems, prompts, strict=True)):
+        ids, logps, ended = zip(*rows[i * size : (i + 1) * size], strict=True)
+        texts = decode_completions(sampler.tokenizer, ids, end_ids=sampler.end_ids)
+        prompt = sampler.tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
+        reasons = ["stop" if one else "length" for one in ended]
+        groups.append(Group(problem, prompt, prompt_ids, list(ids), texts, reasons, list(logps)))
+    return groups
 
 
 class TransformersSampler:
@@ -83,9 +78,7 @@ class TransformersSampler:
     def __init__(self, model, tokenizer, *, max_rows=1024):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        ends = self.causal_lm.generation_config.eos_token_id
-        ends = ends if isinstance(ends, (list, tuple)) else [ends]
-        self.end_ids = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+        self.end_ids = find_end_ids(self.causal_lm.generation_config, tokenizer)
 
     def sample(self, problems, prompts, params, *, group_size, seed, step, attempt=0):
         """Sample `group_size` completions of every prompt: one `Group` per problem, in their order.
@@ -96,7 +89,7 @@ class TransformersSampler:
         per_batch = max(1, self.max_rows // group_size)
         was_training = self.model.training
         self.model.eval()
-        groups = []
+        rows = []
         for start in range(0, len(problems), per_batch):
             chosen = problems[start : start + per_batch]
             keys = [
@@ -104,25 +97,13 @@ class TransformersSampler:
                 for problem in chosen
                 for member in range(group_size)
             ]
-            rows = self._decode(prompts[start : start + per_batch], keys, params)
-            for i, problem in enumerate(chosen):
-                ids, logps, finished = zip(*rows[i * group_size : (i + 1) * group_size], strict=True)
-                reasons = ["stop" if done else "length" for done in finished]
-                asked = self.tokenizer.decode(prompts[start + i], clean_up_tokenization_spaces=False)
-                groups.append(
-                    Group(
-                        problem, asked, prompts[start + i], list(ids), self.texts(ids), reasons, list(logps)
-                    )
-                )
+            rows += self._decode(prompts[start : start + per_batch], keys, params)
         self.model.train(was_training)
-        return groups
+        return build_groups(self, problems, prompts, rows)
 
     def texts(self, rows):
-        """Plain strings, without the end token but with every other special token the model wrote."""
-        bare = [ids[:-1] if self.has_ended(ids) else ids for ids in rows]
-        return self.tokenizer.batch_decode(
-            bare, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        """`decode_completions` of these token ids."""
+        return decode_completions(self.tokenizer, rows, end_ids=self.end_ids)
 
     def _logits(self, ids, *, last, **kwargs):
         """Raw float32 logits at column `last` of each row; the vocabulary is only computed there."""
@@ -132,16 +113,14 @@ class TransformersSampler:
 
     def _start(self, prompts, keys, params):
         """Compute the prompts once and share them out: the rows to decode, and their first logits."""
+        from lib.kv_cache import start_cache
+
         device, group_size = self.causal_lm.device, len(keys) // len(prompts)
         length_P = torch.tensor([len(ids) for ids in prompts], device=device)
         width = int(length_P.max())
         # Prompts stand at the left and need no mask: causal attention never looks at padding to the right.
         ids_PL = torch.tensor([ids + [0] * (width - len(ids)) for ids in prompts], device=device)
-        config = self.causal_lm.config
-        if "sliding_attention" in getattr(config, "layer_types", ()):
-            cache = DynamicCache(config=config)
-        else:
-            cache = Cache(layers=[_RoomyLayer() for _ in range(config.num_hidden_layers)])
+        cache = start_cache(self.causal_lm.config)
         logits_PV = self._logits(ids_PL, last=length_P - 1, past_key_values=cache)
 
         row_N = torch.arange(len(keys), device=device)
@@ -244,13 +223,12 @@ class _Rows:
     length_N: torch.Tensor  # tokens of the prompt
     visible_NL: torch.Tensor  # cached columns that belong to the row: all but the padding behind its prompt
     seen_NV: torch.Tensor | None
-    cache: Cache
+    cache: object
     width: int  # columns of the longest prompt; completions begin there
 
     def keep_cache(self, index_N):
         for layer in self.cache.layers:
-            keep = layer.keep_rows if isinstance(layer, _RoomyLayer) else layer.batch_select_indices
-            keep(index_N)
+            getattr(layer, "keep_rows", layer.batch_select_indices)(index_N)
 
     def keep(self, index_N):
         """Keep rows by index."""
