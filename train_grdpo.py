@@ -25,8 +25,10 @@ from lib.draws import SamplingParams
 from lib.evaluation import EVAL_TEMPERATURE, evaluate_problems, save_evaluation, summarise_groups
 from lib.grading import Grader
 from lib.losses import count_silent_groups, grdpo, sequence_logprob
+from lib.memory import Workload
 from lib.models import load_tokenizer, load_trainable, locate_model
 from lib.policy import Policy, find_optimizer, learning_rate_at
+from lib.preflight import look_ahead, print_preflight, probe_learning
 from lib.prompts import encode_prompt
 from lib.report import StepClock, StepLines, measure_agreement, measure_groups, print_result
 from lib.rewards import grade_groups, parse_rewards, score_groups
@@ -40,6 +42,7 @@ TRAIN_DATA = "data/tiny/train.jsonl"  # problems: .jsonl or .parquet file, or a 
 VALID_DATA = "data/tiny/valid.jsonl"  # problems that choose checkpoints/best
 TEST_DATA = "data/tiny/test.jsonl"  # problems of the table at the end
 OUTPUT_DIR = "runs/grdpo"  # run folder; started again on the same one, a run continues
+PREFLIGHT = False  # only ask whether this run will fit and learn: exit code 0 if so, nothing is written
 FRESH = False  # start over in OUTPUT_DIR: deletes what an earlier run wrote there
 SEED = 1  # adapter, problem order and every sampled token are functions of it
 
@@ -85,6 +88,33 @@ EVAL_EVERY = 20  # >= 1, steps between evaluations on VALID_DATA
 REPORT_TO = "tensorboard"  # tensorboard | wandb | trackio | none
 
 
+def describe_work(adapter=None):
+    """What this run does, as far as memory is concerned; `adapter` is one to train on."""
+    lora = {"lora_rank": LORA_RANK, "lora_targets": LORA_TARGETS, "modules_to_save": MODULES_TO_SAVE}
+    how = {"optimizer": OPTIMIZER, "gradient_checkpointing": GRADIENT_CHECKPOINTING, "adapter": adapter}
+    return Workload(TOKENS_PER_MICROBATCH, MAX_PROMPT_TOKENS + MAX_NEW_TOKENS, GROUP_SIZE, **lora, **how)
+
+
+def start_policy(place, tokenizer, ledger):
+    """The policy to train, with its optimizer, and the sampler that asks it."""
+    model = load_trainable(place, LORA_TARGETS, MODULES_TO_SAVE, rank=LORA_RANK, alpha=LORA_ALPHA, seed=SEED)
+    policy = Policy(model, tokenizer, TOKENS_PER_MICROBATCH, gradient_checkpointing=GRADIENT_CHECKPOINTING)
+    policy.start_optimizer(OPTIMIZER, weight_decay=WEIGHT_DECAY)
+    probe_learning(policy, describe_work(), only_on_card=not PREFLIGHT)
+    return policy, TransformersSampler(model, tokenizer, max_rows=ledger.sampled_rows)
+
+
+def rehearse(started, problems, ask, *, grade, rewards):
+    """Sample and score problems as a step would, say what is to be changed, and end: 0 if nothing is."""
+    policy, sampler = started
+    params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
+    prompts = [ask(problem.problem) for problem in problems[:2]]
+    groups = sampler.sample(problems[:2], prompts, params, group_size=GROUP_SIZE, seed=SEED, step=0)
+    score_groups(rewards, grade(groups))
+    how = {"work": describe_work(), "style": PROMPT, "thinking": THINKING}
+    raise SystemExit(print_preflight(policy, sampler, groups, **how))
+
+
 def main():
     # Everything a run needs is read and checked before the model is loaded, cheap failures first.
     grader = Grader()
@@ -98,20 +128,20 @@ def main():
     counts = {"easy": EASY, "medium": MEDIUM, "hard": HARD} if train[0].tier else {None: PROBLEMS_PER_STEP}
     batches = Steps(train, counts, seed=SEED)
     total = min(MAX_STEPS or inf, EPOCHS * batches.epoch_steps)
+    ledger = look_ahead(place, describe_work(place.adapter), full=PREFLIGHT)
+    grade = partial(grade_groups, style=PROMPT, grader=grader)
+    if PREFLIGHT:
+        return rehearse(start_policy(place, tokenizer, ledger), batches[0], ask, grade=grade, rewards=rewards)
     settings, data = current_settings(main), (TRAIN_DATA, VALID_DATA, TEST_DATA, MODEL)
     run = RunLog(OUTPUT_DIR, "train_grdpo.py", settings, inputs=data, fresh=FRESH, report_to=REPORT_TO)
     if run.finished:
         return print_result(run.folder)
 
-    model = load_trainable(place, LORA_TARGETS, MODULES_TO_SAVE, rank=LORA_RANK, alpha=LORA_ALPHA, seed=SEED)
-    policy = Policy(model, tokenizer, TOKENS_PER_MICROBATCH, gradient_checkpointing=GRADIENT_CHECKPOINTING)
-    policy.start_optimizer(OPTIMIZER, weight_decay=WEIGHT_DECAY)
+    policy, sampler = start_policy(place, tokenizer, ledger)
     run.restore(policy)
-    sampler = TransformersSampler(model, tokenizer)
     params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
     eval_params = SamplingParams(temperature=EVAL_TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
     sampling = {"prompt": PROMPT, "thinking": THINKING} | vars(eval_params)
-    grade = partial(grade_groups, style=PROMPT, grader=grader)
     how = {"ask": ask, "samples": EVAL_SAMPLES, "params": eval_params, "grade": grade, "seed": SEED}
     evaluate = partial(evaluate_problems, sampler, **how)
     which = {"pairs": PAIRS, "min_better_reward": MIN_BETTER_REWARD}
