@@ -27,8 +27,10 @@ from lib.engines import choose_engines, load_policy, open_sampler
 from lib.evaluation import EVAL_TEMPERATURE, evaluate_problems, save_evaluation, summarise_groups
 from lib.grading import Grader
 from lib.losses import count_silent_groups, grdpo, sequence_logprob
+from lib.memory import Workload
 from lib.models import load_tokenizer, locate_model
-from lib.policy import find_optimizer, learning_rate_at, peak_memory_gib
+from lib.policy import learning_rate_at
+from lib.preflight import look_ahead, print_preflight, probe_learning
 from lib.prompts import encode_prompt
 from lib.report import StepClock, StepLines, measure_groups, print_result
 from lib.rewards import grade_groups, parse_rewards, score_groups
@@ -42,6 +44,7 @@ TRAIN_DATA = "data/tiny/train.jsonl"  # problems: .jsonl or .parquet file, or a 
 VALID_DATA = "data/tiny/valid.jsonl"  # problems that choose checkpoints/best
 TEST_DATA = "data/tiny/test.jsonl"  # problems of the table at the end
 OUTPUT_DIR = "runs/grdpo"  # run folder; started again on the same one, a run continues
+PREFLIGHT = False  # only ask whether this run will fit and learn: exit code 0 if so, nothing is written
 FRESH = False  # start over in OUTPUT_DIR: deletes what an earlier run wrote there
 SEED = 1  # adapter, problem order and every sampled token are functions of it
 
@@ -92,12 +95,41 @@ EVAL_EVERY = 20  # >= 1, steps between evaluations on VALID_DATA
 REPORT_TO = "tensorboard"  # tensorboard | wandb | trackio | none
 
 
+def describe_work(engines, place, prompt_tokens):
+    """What this run asks of the machine."""
+    lora = {"lora_rank": LORA_RANK, "lora_targets": LORA_TARGETS, "modules_to_save": MODULES_TO_SAVE}
+    how = {"optimizer": OPTIMIZER, "gradient_checkpointing": GRADIENT_CHECKPOINTING}
+    how |= {"load_in_4bit": LOAD_IN_4BIT, "adapter": place.adapter}
+    how["sampler_memory"] = SAMPLER_MEMORY if engines.sampler == "vllm" else None
+    return Workload(TOKENS_PER_MICROBATCH, prompt_tokens + MAX_NEW_TOKENS, GROUP_SIZE, **lora, **how)
+
+
+def start(engines, place, tokenizer, *, work, max_rows):
+    """The policy with its optimizer, and a sampler that has been seen to follow it."""
+    policy = load_policy(engines, place, tokenizer, work=work, alpha=LORA_ALPHA, seed=SEED)
+    policy.start_optimizer(OPTIMIZER, weight_decay=WEIGHT_DECAY)
+    sampler = open_sampler(engines, policy, place, work=work, max_rows=max_rows)
+    probe_learning(policy, work, only_on_card=not PREFLIGHT)
+    prompt = encode_prompt(tokenizer, "What is 1 + 1?", style=PROMPT, thinking=THINKING)
+    probe_sampler(policy, sampler, prompt, tolerance=AGREEMENT)
+    return policy, sampler
+
+
+def rehearse(policy, sampler, problems, *, ask, grade, score, work):
+    """Sample and score a few problems as a step would, say what to change, and end: with 0 if nothing is."""
+    prompts = [ask(problem.problem) for problem in problems]
+    params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
+    groups = sampler.sample(problems, prompts, params, group_size=GROUP_SIZE, seed=SEED, step=1)
+    score(grade(groups))
+    raise SystemExit(print_preflight(policy, sampler, groups, work=work, style=PROMPT, thinking=THINKING))
+
+
 def main():
     # Everything a run needs is read and checked before the model is loaded, cheap failures first.
     engines = choose_engines(ENGINE, SAMPLER)
     grader = Grader()
-    rewards = parse_rewards(REWARDS, style=PROMPT, grader=grader)
-    find_optimizer(OPTIMIZER)
+    grade = partial(grade_groups, style=PROMPT, grader=grader)
+    score = partial(score_groups, parse_rewards(REWARDS, style=PROMPT, grader=grader))
     place = locate_model(MODEL)
     train, valid, test = (load_problems(path, grader=grader) for path in (TRAIN_DATA, VALID_DATA, TEST_DATA))
     tokenizer = load_tokenizer(place)
@@ -106,29 +138,19 @@ def main():
     counts = {"easy": EASY, "medium": MEDIUM, "hard": HARD} if train[0].tier else {None: PROBLEMS_PER_STEP}
     batches = Steps(train, counts, seed=SEED)
     total = min(MAX_STEPS or inf, EPOCHS * batches.epoch_steps)
-    settings, data = current_settings(main), (TRAIN_DATA, VALID_DATA, TEST_DATA, MODEL)
-    run = RunLog(OUTPUT_DIR, "train_grdpo.py", settings, inputs=data, fresh=FRESH, report_to=REPORT_TO)
-    if run.finished:
+    work = describe_work(engines, place, max(MAX_PROMPT_TOKENS, longest_prompt(valid + test, ask)))
+    ledger = look_ahead(place, work, full=PREFLIGHT, engines=engines.packages)
+    logged = {"fresh": FRESH, "report_to": REPORT_TO, "inputs": (TRAIN_DATA, VALID_DATA, TEST_DATA, MODEL)}
+    run = None if PREFLIGHT else RunLog(OUTPUT_DIR, "train_grdpo.py", current_settings(main), **logged)
+    if run and run.finished:
         return print_result(run.folder)
-
-    lora = {
-        "targets": LORA_TARGETS,
-        "modules_to_save": MODULES_TO_SAVE,
-        "rank": LORA_RANK,
-        "alpha": LORA_ALPHA,
-    }
-    card = {"tokens_per_microbatch": TOKENS_PER_MICROBATCH, "gradient_checkpointing": GRADIENT_CHECKPOINTING}
-    card |= {"load_in_4bit": LOAD_IN_4BIT, "memory_share": SAMPLER_MEMORY}
-    card["context"] = max(MAX_PROMPT_TOKENS, longest_prompt(valid + test, ask)) + MAX_NEW_TOKENS
-    policy = load_policy(engines, place, tokenizer, lora=lora, card=card, seed=SEED)
-    policy.start_optimizer(OPTIMIZER, weight_decay=WEIGHT_DECAY)
+    policy, sampler = start(engines, place, tokenizer, work=work, max_rows=ledger.sampled_rows)
+    if PREFLIGHT:
+        return rehearse(policy, sampler, batches[0][:2], ask=ask, grade=grade, score=score, work=work)
     run.restore(policy)
-    sampler = open_sampler(engines, policy, place, card=card)
-    probe_sampler(policy, sampler, train[0], ask(train[0].problem), tolerance=AGREEMENT)
     params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
     eval_params = SamplingParams(temperature=EVAL_TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
     sampling = {"prompt": PROMPT, "thinking": THINKING} | vars(eval_params)
-    grade = partial(grade_groups, style=PROMPT, grader=grader)
     how = {"ask": ask, "samples": EVAL_SAMPLES, "params": eval_params, "grade": grade, "seed": SEED}
     evaluate = partial(evaluate_problems, sampler, **how)
     which = {"pairs": PAIRS, "min_better_reward": MIN_BETTER_REWARD}
@@ -147,7 +169,7 @@ def main():
             clock.lap("sample")
 
             # 3. Score every completion.
-            score_groups(rewards, grade(groups))
+            score(grade(groups))
             reward_PG = torch.tensor([group.reward for group in groups], device=policy.device)
             clock.lap("score")
 
@@ -169,11 +191,10 @@ def main():
             # 6. Log and save.
             metrics = {"loss": loss.item(), "grad_norm": grad_norm, "learning_rate": rate}
             metrics["batch/groups_without_pairs"] = count_silent_groups(reward_PG, **which)
-            metrics |= measure_groups(groups)
-            metrics |= compare(groups, scored.logp_NT, tolerance=AGREEMENT, dtype=policy.dtype)
+            metrics |= measure_groups(groups) | compare(groups, scored, tolerance=AGREEMENT)
             if evaluating := step % EVAL_EVERY == 0 or step == total:
                 metrics |= run.keep_best(step, summarise_groups(evaluate(valid)))
-            metrics |= clock.metrics() | {"memory/peak_gib": peak_memory_gib(policy.device)}
+            metrics |= clock.metrics() | policy.memory_metrics()
             run.log_step(step, metrics, groups)
             lines.show(step, metrics, groups)
             if evaluating or step % SAVE_EVERY == 0 or run.interrupted:

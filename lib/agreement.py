@@ -9,6 +9,7 @@ Shape suffixes: N completions, T tokens.
 """
 
 from statistics import fmean
+from types import SimpleNamespace
 
 import torch
 
@@ -17,26 +18,27 @@ from lib.settings import UserError
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}  # mean over tokens [nat]
 MOVED = 0.2  # a probe adapter moves the mean log-probability by at least this much [nat]
+_PROBE = SimpleNamespace(id="probe")  # a problem, as far as a sampler looks at one
 _PROBE_STEP = -3  # of the draws: training counts from 1, evaluation is -1, the chat page -2
 
 
-def compare(groups, logp_NT, *, tolerance=None, dtype=torch.float32):
+def compare(groups, scored, *, tolerance=None):
     """How far the sampler's log-probs are from the policy's, over all sampled tokens: metrics [nat].
 
     groups     with `sampler_logps`
-    logp_NT    (N, T) the policy's, of the same completions; a row that was not computed is nan
-    tolerance  of the mean; None is `TOLERANCE` of the model's `dtype`
+    scored     the policy's (`policy.Scored`) of the same completions; a row it did not compute is nan
+    tolerance  of the mean; None is `TOLERANCE` of what the model computes in
     UserError says what differs and why that happens.
     """
     sampled = [logps for group in groups for logps in group.sampler_logps]
     differences = [
         abs(a - b)
-        for row, logps in zip(logp_NT.tolist(), sampled, strict=True)
+        for row, logps in zip(scored.logp_NT.tolist(), sampled, strict=True)
         for a, b in zip(row[: len(logps)], logps, strict=True)
         if a == a
     ]
     mean, most = (fmean(differences), max(differences)) if differences else (0.0, 0.0)
-    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
+    tolerance = TOLERANCE[scored.dtype] if tolerance is None else tolerance
     if not mean <= tolerance:
         raise UserError(
             f"sampler and policy disagree about the same tokens by {mean:.2g} nat on average, {most:.2g} at "
@@ -48,23 +50,21 @@ def compare(groups, logp_NT, *, tolerance=None, dtype=torch.float32):
     return {f"sampling/sampling_logp_difference/{n}": v for n, v in zip(names, (mean, most), strict=True)}
 
 
-def probe_sampler(policy, sampler, problem, prompt_ids, *, tolerance=None):
+def probe_sampler(policy, sampler, prompt_ids, *, tolerance=None):
     """Let the sampler follow two adapters that speak differently, and then the policy's own again.
 
-    problem, prompt_ids   one to sample from
+    prompt_ids   of any prompt
     The policy's weights are the same numbers afterwards, and no random state is touched. Returns the largest
     of the mean differences [nat]. UserError where the sampler does not follow.
     """
-    dtype = policy.dtype
     params = SamplingParams(max_new_tokens=32)
 
     def sample(attempt):
         step = {"group_size": 4, "seed": 0, "step": _PROBE_STEP, "attempt": attempt}
-        return sampler.sample([problem], [prompt_ids], params, **step)
+        return sampler.sample([_PROBE], [prompt_ids], params, **step)
 
     def differ(groups):
-        logp_NT = policy.logprobs(groups, keep_graph=False).logp_NT.detach()
-        return compare(groups, logp_NT, tolerance=tolerance, dtype=dtype)
+        return compare(groups, policy.logprobs(groups, keep_graph=False), tolerance=tolerance)
 
     matrices = {name: p for name, p in policy.trainable.items() if "lora_B" in name}
     own = {name: p.detach().clone() for name, p in matrices.items()}

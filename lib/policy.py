@@ -8,10 +8,10 @@ takes two passes, exact and with the memory of one micro-batch:
     3. `backward`   sum(dL/dlogp * logp), back-propagated micro-batch by micro-batch
 
 Where all rows together fit into the token budget of one micro-batch, the graph of pass 1 is kept and pass 3
-runs no second forward. The vocabulary is only ever computed for a chunk of positions, its gradient with it.
+runs no second forward. Where memory runs out the micro-batch is done again in smaller ones.
 
 Shape suffixes: N rows (completions), T completion tokens, B rows and L columns of a micro-batch, M completion
-tokens of a micro-batch, H hidden, V vocabulary.
+tokens of a micro-batch, H hidden.
 """
 
 import math
@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lib.microbatches import TokenBudget, count_padded
 from lib.settings import UserError
-
-CHUNK_BYTES = 2**27  # float32 logits built at once; about four times this is the workspace
-BUSY_TOKENS = 1024  # a forward of so many tokens costs the same per token as a larger one
+from lib.vocabulary import find_kernel, measure_logps, pull_logps
 
 
 @dataclass
@@ -32,6 +31,7 @@ class Scored:
 
     logp_NT   (N, T) [nat], requires grad; 0 behind a row's length
     length_N  (N,) completion tokens
+    later     the log-probabilities are 0 for now: `Policy.backward` fills them in, nan where it computed none
 
     Call `loss.backward()`, then `Policy.backward(scored)`.
     """
@@ -43,6 +43,8 @@ class Scored:
         repr=False
     )  # of the micro-batches whose graph was kept: (row indices, hidden_MH, targets)
     stamp: tuple = field(repr=False)  # mode and version of the weights at the time
+    later: bool = False
+    dtype: torch.dtype = torch.float32  # what the model computed in
 
 
 def learning_rate_at(step, total_steps, *, peak, schedule, warmup):
@@ -62,28 +64,6 @@ def learning_rate_at(step, total_steps, *, peak, schedule, warmup):
     if schedule != "cosine":
         raise ValueError(f"schedule is constant or cosine, not {schedule!r}")
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
-
-
-def plan_microbatches(lengths, *, budget):
-    """Row indices of each micro-batch: similar lengths together, at most `budget` padded tokens in one.
-
-    A row longer than the budget gets a micro-batch of its own. A micro-batch that is large enough to keep the
-    machine busy ends where the next row would pad it by more than a tenth.
-
-    >>> plan_microbatches([3, 9, 2, 4], budget=9)
-    [[2, 0], [3], [1]]
-    """
-    batches, real = [], 0  # real: tokens of the last micro-batch without its padding
-    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        padded = lengths[index] * (len(batches[-1]) + 1) if batches else 0
-        wasteful = padded >= BUSY_TOKENS and padded > 1.1 * (real + lengths[index])
-        if batches and padded <= budget and not wasteful:
-            batches[-1].append(index)
-            real += lengths[index]
-        else:
-            batches.append([index])
-            real = lengths[index]
-    return batches
 
 
 def find_optimizer(name):
@@ -109,19 +89,27 @@ class Policy:
     tokenizer              kept beside it for those who save or sample
     tokens_per_microbatch  padded tokens in one forward: memory against speed
     gradient_checkpointing recompute activations in backward: less memory, about a third more time
+    hidden_states          (B, L) token ids -> (B, L, H) what the head reads; None asks the model's decoder
+
+    `token_budget` is `tokens_per_microbatch`, or what is left of it after memory ran out.
     """
 
-    def __init__(self, model, tokenizer, tokens_per_microbatch, *, gradient_checkpointing=False):
+    def __init__(
+        self, model, tokenizer, tokens_per_microbatch, *, gradient_checkpointing=False, hidden_states=None
+    ):
         dropouts = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
         if dropouts:
             raise ValueError(f"dropout must be 0 for the two passes to agree; it is on in {dropouts[0]}")
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model, self.tokenizer = model, tokenizer
-        self.tokens_per_microbatch = tokens_per_microbatch
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.head = self.causal_lm.get_output_embeddings()
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = None
+        self._budget = TokenBudget(tokens_per_microbatch, list(self.trainable.values()))
+        self._hidden_states = hidden_states or self._ask_decoder
+        self._kernel = find_kernel(self.head)
 
     @property
     def device(self):
@@ -132,31 +120,34 @@ class Policy:
         """What the base computes in."""
         return self.causal_lm.dtype
 
-    def logprobs(self, groups, *, keep_graph=True):
+    @property
+    def token_budget(self):
+        return self._budget.tokens
+
+    def logprobs(self, groups, *, keep_graph=True, later=False):
         """`Scored` of all completions of all groups, one row each, in their order.
 
         keep_graph   False where no backward pass follows
+        later        True where the gradient of the loss cannot depend on them, as where each completion is
+                     measured from itself: where the rows do not fit into one micro-batch, that saves pass 1
         """
         rows = [(group.prompt_ids, ids) for group in groups for ids in group.completion_ids]
         length_N = torch.tensor([len(ids) for _, ids in rows], device=self.device)
         logp_NT = torch.zeros(len(rows), max(1, int(length_N.max())), device=self.device)
         self.model.train()  # gradient checkpointing is only active in this mode
-        totals = [len(prompt) + len(ids) for prompt, ids in rows]
-        plan = plan_microbatches(totals, budget=self.tokens_per_microbatch)
-        fits = (
-            sum(len(places) * max(totals[i] for i in places) for places in plan) <= self.tokens_per_microbatch
-        )
-        graphs = []
-        for indices in plan:
-            with torch.set_grad_enabled(keep_graph and fits and bool(self.trainable)):
-                hidden_MH, target_M = self._forward([rows[i] for i in indices])
-            with torch.no_grad():
-                logp_M = torch.cat([self._chunk_logp(*chunk) for chunk in self._chunks(hidden_MH, target_M)])
-            for i, logp_t in zip(indices, logp_M.split([len(rows[i][1]) for i in indices]), strict=True):
-                logp_NT[i, : len(logp_t)] = logp_t
-            if hidden_MH.requires_grad:
-                graphs.append((indices, hidden_MH, target_M))
-        return Scored(logp_NT.requires_grad_(), length_N, rows, graphs, self._stamp())
+        scored = Scored(logp_NT, length_N, rows, [], self._stamp(), dtype=self.dtype)
+        budget = self._budget.tokens
+        fits = count_padded(self._budget.plan(rows, range(len(rows))), rows) <= budget
+        keep = keep_graph and fits and bool(self.trainable)
+        scored.later = later and not fits
+
+        def measure(part):  # memory that ran out ends the keeping of graphs
+            self._measure(part, scored, keep_graph=keep and budget == self._budget.tokens)
+
+        if not scored.later:
+            self._budget.work_off(rows, range(len(rows)), measure, held=scored.graphs)
+        logp_NT.requires_grad_()
+        return scored
 
     def backward(self, scored):
         """Add the gradient of the loss to the parameters, given `scored.logp_NT.grad`.
@@ -169,21 +160,24 @@ class Policy:
         weight_NT = scored.logp_NT.grad
         if weight_NT is None:
             raise RuntimeError("call loss.backward() before Policy.backward: there is no dL/dlogp yet")
-        lengths = scored.length_N.tolist()
+        if scored.later:
+            scored.logp_NT.detach().fill_(math.nan)
         pushed = [i for i, has_weight in enumerate((weight_NT != 0).any(dim=1).tolist()) if has_weight]
         if not pushed:  # nobody is pushed: no gradient at all, so that the optimizer's momentum rests as well
             scored.graphs.clear()
             return
-        if scored.graphs:
-            for indices, hidden_MH, target_M in scored.graphs:
-                self._pull(hidden_MH, target_M, torch.cat([weight_NT[i, : lengths[i]] for i in indices]))
-            scored.graphs.clear()
-            return
-        totals = [len(scored.rows[i][0]) + lengths[i] for i in pushed]
-        for places in plan_microbatches(totals, budget=self.tokens_per_microbatch):
-            indices = [pushed[place] for place in places]
-            hidden_MH, target_M = self._forward([scored.rows[i] for i in indices])
-            self._pull(hidden_MH, target_M, torch.cat([weight_NT[i, : lengths[i]] for i in indices]))
+        done = set()
+        while scored.graphs:
+            if self._budget.attempt(self._pull_kept, scored):
+                done.update(scored.graphs.pop(0)[0])
+            else:
+                self._budget.shrink(scored.rows, range(len(scored.rows)), held=scored.graphs)
+
+        def pull(part):
+            self._pull(part, scored, self._forward(part, scored.rows))
+
+        rest = [i for i in pushed if i not in done]
+        self._budget.work_off(scored.rows, rest, pull, held=scored.graphs)
 
     def start_optimizer(self, name, *, weight_decay):
         """Start the optimizer called `name` (see `find_optimizer`) over the trainable parameters."""
@@ -203,6 +197,10 @@ class Policy:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def memory_metrics(self):
+        """Peak memory, and the tokens of a micro-batch that are left of the setting."""
+        return {"memory/peak_gib": peak_memory_gib(self.device), "memory/token_budget": self.token_budget}
 
     def state_tensors(self):
         """Everything beside the adapter that continues a run exactly: optimizer moments and random states."""
@@ -229,44 +227,53 @@ class Policy:
     def _stamp(self):
         return self.model.training, tuple(p._version for p in self.trainable.values())
 
-    def _forward(self, rows):
+    def _ask_decoder(self, ids_BL):
+        return self.causal_lm.get_decoder()(input_ids=ids_BL, use_cache=False).last_hidden_state
+
+    def _forward(self, part, rows):
         """Hidden states that predict the completion tokens of these rows: (M, H), and the tokens: (M,).
 
         Rows are padded on the right and no mask is passed: causal attention never looks to the right, so
         padding cannot matter, and the fastest attention kernels apply.
         """
-        totals = [len(prompt) + len(ids) for prompt, ids in rows]
-        ids_BL = torch.tensor(
-            [
-                prompt + ids + [0] * (max(totals) - total)
-                for (prompt, ids), total in zip(rows, totals, strict=True)
-            ]
-        )
-        start_B = torch.tensor([len(prompt) for prompt, _ in rows])
-        end_B = torch.tensor(totals)
+        chosen = [rows[i] for i in part]
+        totals = [len(prompt) + len(ids) for prompt, ids in chosen]
+        padded = [[*prompt, *ids, *[0] * (max(totals) - len(prompt) - len(ids))] for prompt, ids in chosen]
+        ids_BL, end_B = torch.tensor(padded), torch.tensor(totals)
+        start_B = torch.tensor([len(prompt) for prompt, _ in chosen])
         column_L = torch.arange(ids_BL.shape[1])
         target_M = ids_BL[(column_L >= start_B[:, None]) & (column_L < end_B[:, None])].to(self.device)
         predicting_BL = (column_L >= start_B[:, None] - 1) & (column_L < end_B[:, None] - 1)
-        decoder = self.causal_lm.get_decoder()
-        hidden_BLH = decoder(input_ids=ids_BL.to(self.device), use_cache=False).last_hidden_state
+        hidden_BLH = self._hidden_states(ids_BL.to(self.device))
         return hidden_BLH[predicting_BL.to(self.device)], target_M
 
-    def _chunks(self, *tensors_M):
-        size = max(1, CHUNK_BYTES // (4 * self.causal_lm.config.vocab_size))
-        return zip(*(tensor_M.split(size) for tensor_M in tensors_M), strict=True)
+    def _measure(self, part, scored, *, keep_graph):
+        with torch.set_grad_enabled(keep_graph):
+            hidden_MH, target_M = self._forward(part, scored.rows)
+        self._note(part, scored, measure_logps(self.head, hidden_MH, target_M, kernel=self._kernel))
+        if hidden_MH.requires_grad:
+            scored.graphs.append((part, hidden_MH, target_M))
 
-    def _chunk_logp(self, hidden_CH, target_C):
-        logits_CV = self.causal_lm.get_output_embeddings()(hidden_CH).float()
-        return logits_CV.gather(1, target_C[:, None])[:, 0] - logits_CV.logsumexp(dim=-1)
+    def _note(self, part, scored, logp_M):
+        """Write the log-probabilities of these rows to their place."""
+        for i, logp_t in zip(part, logp_M.split(scored.length_N[part].tolist()), strict=True):
+            row_T = scored.logp_NT.detach()[i]
+            row_T[: len(logp_t)], row_T[len(logp_t) :] = logp_t, 0.0
 
-    def _pull(self, hidden_MH, target_M, weight_M):
-        """Back-propagate sum(weight * logp): the vocabulary chunk by chunk, then the model once."""
-        gradients = []
-        for hidden_CH, target_C, weight_C in self._chunks(hidden_MH.detach(), target_M, weight_M):
-            hidden_CH = hidden_CH.requires_grad_()
-            (self._chunk_logp(hidden_CH, target_C) * weight_C).sum().backward()
-            gradients.append(hidden_CH.grad)
-        hidden_MH.backward(torch.cat(gradients))
+    def _pull_kept(self, scored):
+        part, *predicted = scored.graphs[0]
+        self._pull(part, scored, predicted)
+
+    def _pull(self, part, scored, predicted):
+        """Back-propagate sum(weight * logp) of these rows: through the vocabulary, then the model once."""
+        (hidden_MH, target_M), lengths = predicted, scored.length_N.tolist()
+        weight_M = torch.cat([scored.logp_NT.grad[i, : lengths[i]] for i in part])
+        logp_M, gradient_MH = pull_logps(
+            self.head, hidden_MH, target_M, weight_M=weight_M, kernel=self._kernel
+        )
+        hidden_MH.backward(gradient_MH)
+        if scored.later:
+            self._note(part, scored, logp_M)
 
 
 def peak_memory_gib(device):

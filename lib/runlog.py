@@ -39,7 +39,7 @@ from lib.report import EVAL_METRICS, draw_curves, open_report
 from lib.settings import UserError
 
 # Settings that may differ when a run continues: they change what is written, not what is computed.
-FREE_SETTINGS = ("OUTPUT_DIR", "FRESH", "SAVE_EVERY", "EVAL_EVERY", "REPORT_TO")
+FREE_SETTINGS = ("OUTPUT_DIR", "FRESH", "PREFLIGHT", "SAVE_EVERY", "EVAL_EVERY", "REPORT_TO")
 # All that a run writes: --fresh deletes this and nothing else.
 OWN_FILES = (
     *("settings.json", "metrics.jsonl", "summary.json", "curves.png", "tensorboard/events.out.*"),

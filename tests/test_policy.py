@@ -8,9 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lib import policy as policy_module
+from lib import vocabulary
 from lib.losses import grdpo, sequence_logprob
-from lib.policy import Policy, learning_rate_at, plan_microbatches
+from lib.microbatches import plan_microbatches
+from lib.policy import Policy, learning_rate_at
+from lib.report import measure_agreement
+from lib.settings import UserError
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ORIGINAL = {
@@ -59,7 +62,7 @@ def gradients(model):
 def test_gradients_equal_autograd_through_the_full_graph(
     toy_model, make_groups, monkeypatch, budget, options, checkpointing
 ):
-    monkeypatch.setattr(policy_module, "CHUNK_BYTES", 4 * 60 * 5)  # five positions a chunk
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * 60 * 5)  # five positions a chunk
     model = add_adapter(toy_model, **options)
     groups = make_groups(LENGTHS)
     s_PG = torch.stack([row.mean() for row in whole_graph_logps(model, groups)]).view_as(REWARDS)
@@ -137,7 +140,7 @@ def test_rows_without_a_weight_run_no_second_forward(toy_model, make_groups, mon
     scored.logp_NT.grad[2, 0] = 1.0
     seen = []
     forward = policy._forward
-    monkeypatch.setattr(policy, "_forward", lambda rows: seen.append(len(rows)) or forward(rows))
+    monkeypatch.setattr(policy, "_forward", lambda part, rows: seen.append(len(part)) or forward(part, rows))
     policy.backward(scored)
     assert seen == [1]
 
@@ -195,3 +198,144 @@ def test_three_hundred_steps_do_not_grow_the_memory(toy_model, make_groups):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
     assert resident[-1] - resident[50] < 30, "MiB"
+
+
+class ScarceMemory:
+    """Makes a decoder run out of memory: in its n-th forward pass, or halfway through a backward pass."""
+
+    def __init__(self, model, *, forward=(), backward=(), error=torch.OutOfMemoryError):
+        self.fail = {"forward": set(forward), "backward": set(backward)}
+        self.calls = {"forward": 0, "backward": 0}
+        self.error = error
+        layer = next(module for name, module in model.named_modules() if name.endswith("layers.0"))
+        self.hook = layer.register_forward_hook(self._forward)
+
+    def _count(self, kind):
+        self.calls[kind] += 1
+        if self.calls[kind] in self.fail[kind]:
+            raise self.error("DefaultCPUAllocator: can't allocate memory")
+
+    def _forward(self, layer, arguments, output):
+        self._count("forward")
+        if output.requires_grad:  # the layers above have their gradients when this is called
+            output.register_hook(lambda gradient: self._count("backward"))
+
+
+def learn(policy, groups, **options):
+    scored = policy.logprobs(groups, **options)
+    loss = grdpo_of(scored)
+    loss.backward()
+    policy.backward(scored)
+    return scored
+
+
+@pytest.mark.parametrize(
+    ("budget", "failures", "left"),
+    [
+        (60, {"forward": [2]}, 28),  # pass 1, the second micro-batch: three rows of 19 tokens
+        (60, {"forward": [1, 2]}, 9),  # the first one, and a half of it again: two rows of 9 tokens
+        (60, {"forward": [4]}, 28),  # pass 3, forward
+        (60, {"backward": [1]}, 27),  # pass 3, halfway through the first micro-batch
+        (60, {"backward": [2]}, 28),  # and with a gradient already there
+        (10**6, {"forward": [1]}, 76),  # one pass: forward, with its graph
+        (10**6, {"backward": [1]}, 76),  # one pass: backward
+    ],
+)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_out_of_memory_changes_no_gradient(toy_model, make_groups, capsys, budget, failures, left, error):
+    groups = make_groups(LENGTHS)
+    model = add_adapter(toy_model, **ORIGINAL)
+    undisturbed = Policy(model, None, tokens_per_microbatch=budget)
+    logp_NT = learn(undisturbed, groups).logp_NT.detach()
+    expected = gradients(model)
+    model.zero_grad()
+
+    memory = ScarceMemory(model, error=error, **failures)
+    policy = Policy(model, None, tokens_per_microbatch=budget)
+    scored = learn(policy, groups)
+    assert all(memory.calls[kind] >= max(calls) for kind, calls in failures.items()), "it did run out"
+    assert capsys.readouterr().out.count("out of memory") == sum(map(len, failures.values()))
+    assert policy.token_budget == policy.memory_metrics()["memory/token_budget"] == left
+    torch.testing.assert_close(scored.logp_NT.detach(), logp_NT, atol=1e-6, rtol=1e-6)
+    assert set(gradients(model)) == set(expected)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+    model.zero_grad()  # the smaller budget stays
+    memory.fail = {"forward": set(), "backward": set()}
+    learn(policy, groups)
+    assert policy.token_budget == left
+
+
+def test_only_the_micro_batch_that_failed_is_done_again(toy_model, make_groups):
+    model = add_adapter(toy_model)
+    memory = ScarceMemory(model, forward=[2])
+    policy = Policy(model, None, tokens_per_microbatch=60)
+    rows, hidden_states = [], policy._hidden_states
+    policy._hidden_states = lambda ids_BL: rows.append(len(ids_BL)) or hidden_states(ids_BL)
+    policy.logprobs(make_groups(LENGTHS), keep_graph=False)
+    assert memory.calls["forward"] == len(rows)
+    assert sum(rows) == 8 + rows[1], "every row once, and those that failed once more"
+
+
+def test_a_completion_that_does_not_fit_alone_is_one_line(toy_model, make_groups):
+    model = add_adapter(toy_model)
+    ScarceMemory(model, forward=range(1, 99))
+    with pytest.raises(UserError, match=r"one completion, 7 tokens .* lower --max-new-tokens"):
+        Policy(model, None, tokens_per_microbatch=60).logprobs(make_groups(LENGTHS))
+
+
+def test_another_error_is_none_of_memory(toy_model, make_groups):
+    model = add_adapter(toy_model)
+    memory = ScarceMemory(model, backward=[1], error=ValueError)
+    policy = Policy(model, None, tokens_per_microbatch=60)
+    with pytest.raises(ValueError, match="allocate"):
+        learn(policy, make_groups(LENGTHS))
+    assert policy.token_budget == 60
+    assert memory.calls["backward"] == 1
+
+
+@pytest.mark.parametrize("budget", [10**6, 60])
+def test_logprobs_that_no_gradient_depends_on_come_later(toy_model, make_groups, budget):
+    """On-policy, a loss of logp - logp: its value is known beforehand, and so is its gradient."""
+    groups = make_groups(LENGTHS)
+    model = add_adapter(toy_model)
+    policy = Policy(model, None, tokens_per_microbatch=budget)
+    weight_N = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.0, 1.0, -0.3, 0.1])
+
+    def push(**options):
+        model.zero_grad()
+        scored = policy.logprobs(groups, **options)
+        s_N = (scored.logp_NT - scored.logp_NT.detach()).sum(dim=1)
+        (s_N.exp() * weight_N).sum().backward()
+        policy.backward(scored)
+        return scored, gradients(model)
+
+    memory = ScarceMemory(model)
+    first, expected = push()
+    forwards = memory.calls["forward"]
+    later, ours = push(later=True)
+    assert memory.calls["forward"] - forwards < forwards or budget == 10**6
+    assert later.later == (budget == 60)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+    known_N = weight_N != 0 if later.later else torch.ones(8, dtype=torch.bool)
+    torch.testing.assert_close(later.logp_NT[known_N], first.logp_NT[known_N], atol=1e-6, rtol=1e-6)
+    assert later.logp_NT[~known_N].isnan().all()
+    agreement = measure_agreement(groups, later)["sampling/sampling_logp_difference/max"]
+    assert agreement == pytest.approx(first.logp_NT[known_N].abs().max().item(), abs=1e-5)
+
+
+def test_hidden_states_may_come_from_elsewhere(toy_model, make_groups):
+    model = add_adapter(toy_model)
+    plain = Policy(model, None, tokens_per_microbatch=60)
+    asked = []
+
+    def hidden_states(ids_BL):
+        asked.append(ids_BL)
+        return model.get_base_model().model(input_ids=ids_BL, use_cache=False).last_hidden_state
+
+    other = Policy(model, None, tokens_per_microbatch=60, hidden_states=hidden_states)
+    groups = make_groups(LENGTHS)
+    assert torch.equal(other.logprobs(groups).logp_NT, plain.logprobs(groups).logp_NT)
+    assert asked
