@@ -212,7 +212,12 @@ class VllmSampler:
             for problem in problems
             for member in range(group_size)
         ]
-        requests = [self._describe(params, key) for key in keys]
+        try:
+            requests = [self._describe(params, key) for key in keys]
+        except ValueError as error:  # temperatures above 2, for one
+            raise UserError(
+                f"vLLM refuses these sampling parameters: {error}; --sampler transformers"
+            ) from None
         asked = [
             prompt for ids in prompts for prompt in [TokensPrompt(prompt_token_ids=list(ids))] * group_size
         ]
