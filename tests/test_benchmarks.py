@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -26,3 +29,17 @@ def test_learning_reports_each_seed():
     result = run_json("learning.py", *words.split())
     assert [run["seed"] for run in result["runs"]] == [1, 2]
     assert all(run["steps"] == 2 and "pass@1" in run["after"] for run in result["runs"])
+
+
+@pytest.mark.skipif(not find_spec("trl"), reason="TRL is not installed: pip install -r requirements-dev.txt")
+def test_a_step_is_measured_beside_trl():
+    words = "--steps 2 --problems 2 --group-size 4 --max-new-tokens 6 --threads 1"
+    result = run_json("step_time.py", *words.split())
+    for one in (result, result["full_length"]):
+        assert one["range"][0] <= one["ratio_to_trl"] <= one["range"][1]
+        for side in ("trl", "ours"):
+            parts = one[side]
+            assert parts["step_s"] > parts["learn_s"] > 0
+            assert parts["sample_s"] > 0
+            assert parts["mean_length"] <= 6
+    assert result["full_length"]["trl"]["mean_length"] == result["full_length"]["ours"]["mean_length"] == 6
