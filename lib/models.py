@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lib.settings import UserError, find_path
+from lib.settings import UserError, find_path, is_hub_id
 
 SAMPLING_FILE = "sampling.json"  # prompt style and sampling settings beside an adapter
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def locate_model(path):
         if not any(folder.glob("*.safetensors")):
             raise UserError(f"{folder} has no weights: a *.safetensors file is missing")
         return ModelPlace(str(path) if Path(path).is_dir() else str(folder))
-    if not _HUB_ID.fullmatch(str(path)) or str(path).startswith("."):
+    if not is_hub_id(path):
         raise UserError(
             f"model not found: {folder} (a model, adapter or run folder, or a hub id like Qwen/Qwen3-1.7B)"
         )
