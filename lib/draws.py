@@ -7,10 +7,15 @@ however rows are batched, and after a resume.
 Shape suffixes: N rows, V vocabulary.
 """
 
+import dataclasses
 import hashlib
+import math
+import re
 from dataclasses import dataclass
 
 import torch
+
+from lib.settings import UserError
 
 _MASK64 = 2**64 - 1
 
@@ -25,6 +30,48 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int = 256
+    phase: str = ""  # "marker: parameters" from behind the marker on, see lib/phases.py; empty is none
+
+    @property
+    def is_raw(self):
+        """Are tokens drawn from the model's own distribution, as far as these parameters go?"""
+        raw, mine = SamplingParams(), vars(self)
+        return all(mine[name] == getattr(raw, name) for name, *_ in _LETTERS.values())
+
+
+_LETTERS = {  # of the short form: field, type, admissible values in words and as a test
+    "T": ("temperature", float, ">= 0", lambda value: value >= 0),
+    "p": ("top_p", float, "> 0 and <= 1", lambda value: 0 < value <= 1),
+    "k": ("top_k", int, ">= 0", lambda value: value >= 0),
+    "m": ("min_p", float, ">= 0 and <= 1", lambda value: 0 <= value <= 1),
+    "r": ("repetition_penalty", float, "> 0", lambda value: value > 0),
+}
+
+
+def parse_params(text, *, option, base=None):
+    """`SamplingParams` from their short form, as in T1.1,p0.99,k20,m0.05,r1.2.
+
+    T temperature, p top_p, k top_k, m min_p, r repetition penalty; what is not said is as in `base` (None:
+    neutral). UserError, as `option`, names the piece that is wrong.
+    """
+    values = {}
+    for piece in text.replace(" ", "").split(","):
+        found = re.fullmatch(r"([Tpkmr])(\d+\.?\d*|\.\d+)", piece)
+        if not found:
+            raise UserError(
+                f"{option}: cannot read {piece!r} in {text!r}: write it like T1.1,p0.99,k20,m0.05,r1.2"
+            )
+        name, kind, admitted, holds = _LETTERS[found[1]]
+        value = float(found[2])
+        if name in values:
+            raise UserError(f"{option}: {name} stands there twice in {text!r}")
+        if not holds(value) or (kind is int and not value.is_integer()) or not math.isfinite(value):
+            what = "a whole number " if kind is int else ""
+            raise UserError(
+                f"{option}: {name} must be {what}{admitted}, not {found[2]} ({piece!r} in {text!r})"
+            )
+        values[name] = kind(value)
+    return dataclasses.replace(base or SamplingParams(), **values)
 
 
 def mix64(value):

@@ -209,6 +209,10 @@ _ADMITTED = {
     "adaptive_tau_min": ("> 0", lambda value: value > 0),
     "scale_rewards": ("group | batch | none", ("group", "batch", "none").__contains__),
     "std_floor": (">= 0", lambda value: value >= 0),
+    "normaliser": ("grpo | dapo | dr_grpo", ("grpo", "dapo", "dr_grpo").__contains__),
+    "clip_eps": ("> 0", lambda value: value > 0),
+    "clip_eps_high": ("> 0", lambda value: value > 0),
+    "kl_coef": (">= 0", lambda value: value >= 0),
 }
 
 
@@ -258,3 +262,104 @@ def anchor_kl(logp_GT, anchor_logp_GT, mask_GT):
     mask_GT = mask_GT.bool()
     d_GT = (anchor_logp_GT.detach() - logp_GT).masked_fill(~mask_GT, 0.0)
     return (d_GT.expm1() - d_GT).sum() / mask_GT.sum().clamp(min=1)
+
+
+def group_advantages(reward_G, *, seen=None, scale=True):
+    """How much better each completion of a group is than what was seen of its problem.
+
+        A_i = (r_i - mean(seen)) / (std(seen) + 1e-4)        the std is unbiased
+
+    reward_G  (G,) any unit
+    seen      (M,) the rewards of all attempts at the problem, this one's among them; None is this group alone
+    scale     False leaves out the division
+    Returns (G,); exactly 0 where all that was seen is equal: such a group teaches nothing.
+    Raises ValueError if there are fewer than two rewards, or anything is not finite.
+    Source: whaaaaaatt/adaGRPO; where nothing was sampled again these are the advantages of GRPO.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0]), seen=torch.tensor([1.0, 0.0, 0.0, 0.0]), scale=False)
+    tensor([ 0.7500, -0.2500])
+    """
+    seen = reward_G if seen is None else seen
+    if reward_G.dim() != 1 or seen.dim() != 1 or len(seen) < 2:
+        shapes = f"{tuple(reward_G.shape)} and {tuple(seen.shape)}"
+        raise ValueError(f"rewards stand in one row, and of a problem two are needed; got {shapes}")
+    if not (torch.isfinite(reward_G).all() and torch.isfinite(seen).all()):
+        raise ValueError("rewards must be finite")
+    if seen.min() == seen.max():
+        return torch.zeros_like(reward_G)
+    centred_G = reward_G - seen.mean()
+    return centred_G / (seen.std() + 1e-4) if scale else centred_G
+
+
+def clipped_policy_gradient(
+    logp_GT,
+    old_logp_GT,
+    advantage_G,
+    mask_GT,
+    *,
+    clip_eps,
+    clip_eps_high=None,
+    ref_logp_GT=None,
+    kl_coef=0.0,
+    normaliser="grpo",
+    max_tokens=None,
+):
+    """The clipped policy gradient of PPO with one advantage per completion, and a KL to a reference.
+
+        ratio_t = exp(logp_t - old_logp_t)              d_t = ref_logp_t - logp_t
+        l_t     = -min(ratio_t * A, clip(ratio_t, 1 - clip_eps, 1 + clip_eps_high) * A)
+                  + kl_coef * (exp(d_t) - d_t - 1)
+
+        grpo      mean over rows of the mean over a row's tokens of l_t
+        dapo      sum of all l_t / number of all tokens (what TRL calls bnpo, where the batch is one step)
+        dr_grpo   sum of all l_t / (rows * max_tokens): a constant, whatever the lengths are
+
+    logp_GT, old_logp_GT, ref_logp_GT   (G, T) of the policy, of the policy that sampled, of the reference
+                [nat]; the rows may belong to any number of groups. No gradient reaches the last two
+    advantage_G (G,) see `group_advantages`
+    mask_GT     (G, T) bool, the tokens that count; what stands elsewhere is ignored, whatever it is
+    clip_eps, clip_eps_high   > 0, how far a ratio may go down and up; None is the same as down
+    kl_coef     >= 0; above 0 it needs ref_logp_GT
+    Returns (loss, info): a scalar, and a dict of constants, means over the tokens in the mask:
+    clip_ratio/{low,high,region}_mean, the shares that the clipping holds back, and kl where there is a
+    reference. Where logp is old_logp the loss is -mean(A) (+ KL): its gradient is not zero, nothing clips.
+    The ratio measures what the updates changed. Tokens drawn at another temperature, from fewer tokens or in
+    phases are not draws from exp(old_logp): for those a bias remains, as in the original and in TRL.
+    Raises ValueError for unequal shapes, a parameter out of range, or what is missing. Log-probabilities that
+    are not finite make a loss that is not: the caller skips the step.
+    Source: arXiv 2402.03300, 2503.14476, 2503.20783; whaaaaaatt/adaGRPO. Differs: the mask acts before exp.
+
+    >>> logp = torch.tensor([[-1.0, -1.0]])
+    >>> mask = torch.tensor([[True, True]])
+    >>> clipped_policy_gradient(logp, logp - 1, torch.tensor([2.0]), mask, clip_eps=0.2)[0]
+    tensor(-2.4000)
+    """
+    tensors = [logp_GT, old_logp_GT, mask_GT, *([] if ref_logp_GT is None else [ref_logp_GT])]
+    if len({tuple(x.shape) for x in tensors}) > 1 or tuple(advantage_G.shape) != (len(logp_GT),):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (*tensors, advantage_G))
+        raise ValueError(f"shapes differ: log-probs, mask and advantages are {shapes}")
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    _check_ranges(normaliser=normaliser, clip_eps=clip_eps, clip_eps_high=high, kl_coef=kl_coef)
+    if normaliser == "dr_grpo" and not max_tokens:
+        raise ValueError("dr_grpo divides by max_tokens: how many is it?")
+    if kl_coef > 0 and ref_logp_GT is None:
+        raise ValueError("a KL needs the log-probabilities of the reference")
+    mask_GT, advantage_G1 = mask_GT.bool(), advantage_G[:, None]
+    ratio_GT = (logp_GT - old_logp_GT.detach()).masked_fill(~mask_GT, 0.0).exp()
+    clipped_GT = ratio_GT.clamp(1 - clip_eps, 1 + high)
+    token_GT = -torch.minimum(ratio_GT * advantage_G1, clipped_GT * advantage_G1)
+    tokens = mask_GT.sum().clamp(min=1)
+    info = {
+        "clip_ratio/low_mean": ((ratio_GT < 1 - clip_eps) & (advantage_G1 < 0)).sum() / tokens,
+        "clip_ratio/high_mean": ((ratio_GT > 1 + high) & (advantage_G1 > 0)).sum() / tokens,
+    }
+    info["clip_ratio/region_mean"] = info["clip_ratio/low_mean"] + info["clip_ratio/high_mean"]
+    if ref_logp_GT is not None:
+        d_GT = (ref_logp_GT.detach() - logp_GT).masked_fill(~mask_GT, 0.0)
+        kl_GT = d_GT.expm1() - d_GT
+        info["kl"] = kl_GT.detach().sum() / tokens
+        token_GT = token_GT + kl_coef * kl_GT
+    token_GT = token_GT.masked_fill(~mask_GT, 0.0)
+    if normaliser == "grpo":
+        return (token_GT.sum(dim=1) / mask_GT.sum(dim=1).clamp(min=1)).mean(), info
+    return token_GT.sum() / (tokens if normaliser == "dapo" else len(logp_GT) * max_tokens), info

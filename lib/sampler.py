@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lib.draws import draw_key, draw_tokens
+from lib.phases import PhaseTracker, parse_phase, token_texts
 
 
 @dataclass
@@ -82,6 +83,7 @@ class TransformersSampler:
 
     def __init__(self, model, tokenizer, *, max_rows=1024):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        self.text_of = token_texts(tokenizer)
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         ends = self.causal_lm.generation_config.eos_token_id
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
@@ -150,12 +152,13 @@ class TransformersSampler:
         length_N, logits_NV = length_P[source_N], logits_PV[source_N]
         column_L = torch.arange(width + params.max_new_tokens, device=device)
         visible_NL = (column_L < length_N[:, None]) | (column_L >= width)
-        seen_NV = None
-        if params.repetition_penalty != 1.0:
+        seen_NV, (marker, later) = None, parse_phase(params.phase)
+        if any(each.repetition_penalty != 1.0 for each in (params, later or params)):
             seen_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
             for row, source in enumerate(source_N.tolist()):
                 seen_NV[row, prompts[source]] = True
-        rows = _Rows(row_N, key_N, length_N, visible_NL, seen_NV, cache, width)
+        trackers = [PhaseTracker(marker, self.text_of) for _ in keys] if later else None
+        rows = _Rows(row_N, key_N, length_N, visible_NL, seen_NV, cache, width, trackers)
         rows.keep_cache(source_N)
         return rows, logits_NV
 
@@ -164,9 +167,24 @@ class TransformersSampler:
         allowed_NV = logits_NV.clone()
         allowed_NV[:, len(self.tokenizer) :] = -torch.inf
         token_N = draw_tokens(allowed_NV, params, rows.key_N, position=position, seen_NV=rows.seen_NV)
+        if rows.trackers is not None:
+            self._draw_later(allowed_NV, rows, params, position=position, token_N=token_N)
         if rows.seen_NV is not None:
             rows.seen_NV.scatter_(1, token_N[:, None], True)
         return token_N
+
+    def _draw_later(self, allowed_NV, rows, params, *, position, token_N):
+        """Draw the rows that are behind their marker once more, into `token_N`, as their phase asks for."""
+        behind = [i for i, tracker in enumerate(rows.trackers) if tracker.behind]
+        if behind:
+            index = torch.tensor(behind, device=token_N.device)
+            seen_NV = None if rows.seen_NV is None else rows.seen_NV[index]
+            _, later = parse_phase(params.phase)
+            token_N[index] = draw_tokens(
+                allowed_NV[index], later, rows.key_N[index], position=position, seen_NV=seen_NV
+            )
+        for tracker, token in zip(rows.trackers, token_N.tolist(), strict=True):
+            tracker.push(token)
 
     def _advance(self, rows, token_N, *, position):
         """The logits behind the tokens that were just drawn at `position`."""
@@ -246,6 +264,7 @@ class _Rows:
     seen_NV: torch.Tensor | None
     cache: Cache
     width: int  # columns of the longest prompt; completions begin there
+    trackers: list | None = None  # a PhaseTracker each, where there are two phases
 
     def keep_cache(self, index_N):
         for layer in self.cache.layers:
@@ -258,3 +277,4 @@ class _Rows:
         self.row_N, self.key_N, self.length_N = (x[index_N] for x in (self.row_N, self.key_N, self.length_N))
         self.visible_NL = self.visible_NL[index_N]
         self.seen_NV = None if self.seen_NV is None else self.seen_NV[index_N]
+        self.trackers = self.trackers and [self.trackers[i] for i in index_N.tolist()]
