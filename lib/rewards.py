@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from lib.marker_rewards import MARKER_REWARDS
 from lib.prompts import ends_with_answer, extract_answer, extract_any_answer, has_format, is_echo
 from lib.settings import UserError, find_path
 
@@ -128,7 +129,7 @@ def measure_repetition(text, size):
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-_FUNCTIONS = (correctness, answer_tag, tail_position, length_decay, good_accuracy)
+_FUNCTIONS = (correctness, answer_tag, tail_position, length_decay, good_accuracy, *MARKER_REWARDS)
 BUILT_IN = {function.__name__: function for function in _FUNCTIONS}
 _ADMITTED = {  # what the options of a function must satisfy: in words, and as a test
     "length_decay": ("0 <= start < end", lambda o: 0 <= o["start"] < o["end"]),
@@ -156,9 +157,8 @@ def parse_rewards(spec, *, style, grader):
         try:
             weight = float(Fraction(match["weight"]))
         except (ValueError, ZeroDivisionError):
-            raise UserError(
-                f"--rewards: {match['weight']!r} is no weight like 1/3: {match.group()!r}"
-            ) from None
+            text = f"--rewards: {match['weight']!r} is no weight like 1/3: {match.group()!r}"
+            raise UserError(text) from None
         if ".py:" in name:
             function, name = _load_function(name, options), name.rpartition(":")[2]
         elif name in BUILT_IN:

@@ -36,6 +36,7 @@ class Group:
     reward: list = field(default_factory=list)  # weighted total
     grades: list = field(default_factory=list)  # a rewards.Grade each; filled by rewards.grade_groups
     advantage: list = field(default_factory=list)  # how hard each completion was pushed; filled by the script
+    attempt: int = 0  # how often its problem had been sampled before in the same step
 
 
 def keep_advantages(groups, advantage_PG):
@@ -116,6 +117,7 @@ class TransformersSampler:
                         problem, asked, prompts[start + i], list(ids), self.texts(ids), reasons, list(logps)
                     )
                 )
+                groups[-1].attempt = attempt
         self.model.train(was_training)
         return groups
 
