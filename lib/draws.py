@@ -8,6 +8,7 @@ Shape suffixes: N rows, V vocabulary.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -31,6 +32,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     max_new_tokens: int = 256
     phase: str = ""  # "marker: parameters" from behind the marker on, see lib/phases.py; empty is none
+
+    def __post_init__(self):
+        parse_phase(self.phase)  # a wrong one is named here, before anything is sampled
 
     @property
     def is_raw(self):
@@ -72,6 +76,25 @@ def parse_params(text, *, option, base=None):
             )
         values[name] = kind(value)
     return dataclasses.replace(base or SamplingParams(), **values)
+
+
+@functools.cache
+def parse_phase(text):
+    """(marker, `SamplingParams` of the second phase) of a setting; ("", None) where it is empty.
+
+    What the setting does not say about the second phase is neutral, not as in the first one. UserError names
+    what is wrong.
+    """
+    if not text.strip():
+        return "", None
+    marker, colon, params = (part.strip() for part in text.rpartition(":"))
+    if not colon or not marker:
+        raise UserError(f"--phase {text!r}: write a marker, a colon, parameters, like '</think>: T0.6,p0.95'")
+    if not marker.isascii():
+        raise UserError(
+            f"--phase: the marker {marker!r} must be plain ASCII: other letters may be half a token"
+        )
+    return marker, parse_params(params, option="--phase", base=SamplingParams())
 
 
 def mix64(value):

@@ -10,27 +10,7 @@ tokens as they come, so that it may be several tokens, or begin or end within on
 
 import functools
 
-from lib.draws import SamplingParams, parse_params
-from lib.settings import UserError
-
-
-@functools.cache
-def parse_phase(text):
-    """(marker, `SamplingParams` of the second phase) of a setting; ("", None) where it is empty.
-
-    What the setting does not say about the second phase is neutral, not as in the first one. UserError names
-    what is wrong.
-    """
-    if not text.strip():
-        return "", None
-    marker, colon, params = (part.strip() for part in text.rpartition(":"))
-    if not colon or not marker:
-        raise UserError(f"--phase {text!r}: write a marker, a colon, parameters, like '</think>: T0.6,p0.95'")
-    if not marker.isascii():
-        raise UserError(
-            f"--phase: the marker {marker!r} must be plain ASCII: other letters may be half a token"
-        )
-    return marker, parse_params(params, option="--phase", base=SamplingParams())
+from lib.draws import parse_phase
 
 
 def token_texts(tokenizer):
@@ -67,11 +47,19 @@ class PhaseTracker:
         return self.behind
 
 
-def count_raw_tokens(rows, params, text_of):
-    """How many tokens of completions (lists of ids) were drawn from the model's own distribution.
+def measure_tempering(groups, attempts, text_of):
+    """The share of tokens that were not drawn from the model's own distribution: a metric by name.
 
-    params   the `SamplingParams` they were sampled with; the others were tempered, truncated or penalised
+    attempts   the `SamplingParams` of each attempt; a group's own are those at its `attempt`
+    Tempered, truncated, penalised: of such tokens the ratio of log-probabilities knows nothing.
     """
+    tokens = sum(len(ids) for group in groups for ids in group.completion_ids)
+    raw = sum(count_raw_tokens(group.completion_ids, attempts[group.attempt], text_of) for group in groups)
+    return {"sampling/tempered_fraction": 1 - raw / tokens}
+
+
+def count_raw_tokens(rows, params, text_of):
+    """How many tokens of completions (lists of ids) sampled by `params` were drawn as the model has them."""
     marker, later = parse_phase(params.phase)
     if later is None or later.is_raw == params.is_raw:
         return sum(map(len, rows)) if params.is_raw else 0

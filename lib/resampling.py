@@ -78,26 +78,37 @@ def parse_condition(text, *, group_size):
     return is_good_enough
 
 
-def measure_resampling(tries, trained, is_good_enough):
+def sort_attempts(groups):
+    """A list per problem: the groups of its attempts, in order."""
+    tries = {}
+    for group in groups:
+        tries.setdefault(group.problem.id, []).append(group)
+    return list(tries.values())
+
+
+def measure_resampling(groups, trained, is_good_enough):
     """Metrics of the attempts of one step.
 
-    tries     a list per problem: the groups of its attempts, in order
-    trained   those of all these groups that are learned from
+    groups    of all attempts at all problems
+    trained   those of them that are learned from
+    completions/tokens counts the tokens of all of them; frac_advantage_zero, the trained groups in which
+    nothing is pushed;
     resample/attempts counts groups beyond the first; given_up, problems that were never good enough;
     solve_rate_a, the share of the problems of attempt a (from 0) that it solved.
     """
-    solved = [[is_good_enough(group) for group in groups] for groups in tries]
+    solved = [[is_good_enough(group) for group in tries] for tries in sort_attempts(groups)]
     tokens, kept = (
-        sum(len(ids) for group in groups for ids in group.completion_ids)
-        for groups in ([group for groups in tries for group in groups], trained)
+        sum(len(ids) for group in some for ids in group.completion_ids) for some in (groups, trained)
     )
     metrics = {
-        "resample/attempts": sum(len(groups) - 1 for groups in tries),
+        "completions/tokens": tokens,
+        "frac_advantage_zero": fmean(not any(group.advantage) for group in trained),
+        "resample/attempts": len(groups) - len(solved),
         "resample/solved_by_resampling": sum(one[-1] and not one[0] for one in solved),
         "resample/given_up": sum(not one[-1] for one in solved),
         "resample/wasted_tokens": tokens - kept,
     }
-    for attempt in range(max(map(len, tries))):
+    for attempt in range(max(map(len, solved))):
         metrics[f"resample/solve_rate_{attempt}"] = fmean(
             one[attempt] for one in solved if len(one) > attempt
         )

@@ -12,8 +12,8 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from lib.draws import draw_key, draw_tokens
-from lib.phases import PhaseTracker, parse_phase, token_texts
+from lib.draws import draw_key, draw_tokens, parse_phase
+from lib.phases import PhaseTracker, token_texts
 
 
 @dataclass

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import train_adpo  # noqa: E402, F401  for its imports
+import train_adagrpo  # noqa: E402, F401  for its imports
+import train_adpo  # noqa: E402, F401
 import train_grdpo  # noqa: E402, F401
 from lib.sampler import TransformersSampler  # noqa: E402
 

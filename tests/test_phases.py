@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lib.draws import SamplingParams, draw_key, draw_tokens, parse_params
-from lib.phases import PhaseTracker, count_raw_tokens, parse_phase, token_texts
+from lib.draws import SamplingParams, draw_key, draw_tokens, parse_params, parse_phase
+from lib.phases import PhaseTracker, count_raw_tokens, token_texts
 from lib.sampler import TransformersSampler
 from lib.settings import UserError
 from tests.test_sampler import PROBLEMS, PROMPTS, VOCABULARY, ToyTokenizer, sample

@@ -27,6 +27,12 @@ SMALL = {
 OWN = {
     "train_grdpo.py": {"--easy": "1", "--hard": "0"},
     "train_adpo.py": {"--problems-per-step": "3", "--anchor": "ema", "--updates-per-batch": "2"},
+    "train_adagrpo.py": {
+        "--problems-per-step": "3",
+        "--updates-per-batch": "2",
+        "--schedule": "1: 1xT1.1,p0.99; 3: 2xT1.3",
+        "--phase": "<answer>: T0.5",
+    },
 }
 CLOCKS = ("step_time", "time/", "memory/", "perf/")
 
