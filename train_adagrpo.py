@@ -103,7 +103,7 @@ def weigh(groups):
     return groups if TRAIN_ON == "all" else [tries[-1] for tries in sort_attempts(groups)]
 
 
-def push(groups, scored, old_NT, base):
+def push(groups, scored, old_NT, *, base):
     """Differentiate the loss of a batch as it stands, down to `scored`; returns its metrics."""
     reference_NT = base.logprobs(groups, scored) if KL_COEF else None
     advantage_N = torch.tensor([a for group in groups for a in group.advantage], device=old_NT.device)
@@ -172,7 +172,7 @@ def main():
             for update in range((step - 1) * UPDATES_PER_BATCH, step * UPDATES_PER_BATCH):
                 # 4. Turn rewards into a push: a problem's last group, measured against all its attempts.
                 scored = policy.logprobs(groups)
-                measured = push(groups, scored, old.logprobs(groups, scored), base)
+                measured = push(groups, scored, old.logprobs(groups, scored), base=base)
                 measured |= {} if updates else measure_agreement(groups, scored)
                 # 5. Back-propagate the push through the model, and take an optimizer step.
                 policy.backward(scored)

@@ -259,9 +259,13 @@ def anchor_kl(logp_GT, anchor_logp_GT, mask_GT):
     if not logp_GT.shape == anchor_logp_GT.shape == mask_GT.shape:
         shapes = [tuple(tensor.shape) for tensor in (logp_GT, anchor_logp_GT, mask_GT)]
         raise ValueError(f"shapes differ: log-probs {shapes[0]}, anchor {shapes[1]}, mask {shapes[2]}")
-    mask_GT = mask_GT.bool()
+    return _token_kl(logp_GT, anchor_logp_GT, mask_GT.bool()).sum() / mask_GT.sum().clamp(min=1)
+
+
+def _token_kl(logp_GT, anchor_logp_GT, mask_GT):
+    """exp(d) - d - 1 with d = anchor_logp - logp, per token; 0 where the mask is False."""
     d_GT = (anchor_logp_GT.detach() - logp_GT).masked_fill(~mask_GT, 0.0)
-    return (d_GT.expm1() - d_GT).sum() / mask_GT.sum().clamp(min=1)
+    return d_GT.expm1() - d_GT
 
 
 def group_advantages(reward_G, *, seen=None, scale=True):
@@ -291,6 +295,27 @@ def group_advantages(reward_G, *, seen=None, scale=True):
     return centred_G / (seen.std() + 1e-4) if scale else centred_G
 
 
+def average_tokens(value_GT, mask_GT, *, normaliser, max_tokens=None):
+    """One number from one per token: whose mean a loss is.
+
+        grpo      mean over rows of the mean over a row's tokens: a token counts more in a short completion
+        dapo      sum / number of all tokens (TRL calls it bnpo where, as here, the batch is one step)
+        dr_grpo   sum / (rows * max_tokens): a constant, whatever the lengths are
+
+    value_GT    (G, T); what stands where mask_GT is False is ignored, whatever it is
+    max_tokens  of dr_grpo: the limit of a completion
+    Raises ValueError for an unknown normaliser, or dr_grpo without max_tokens.
+    """
+    _check_ranges(normaliser=normaliser)
+    if normaliser == "dr_grpo" and not max_tokens:
+        raise ValueError("dr_grpo divides by max_tokens: how many is it?")
+    value_GT = value_GT.masked_fill(~mask_GT, 0.0)
+    if normaliser == "grpo":
+        return (value_GT.sum(dim=1) / mask_GT.sum(dim=1).clamp(min=1)).mean()
+    tokens = mask_GT.sum().clamp(min=1) if normaliser == "dapo" else len(value_GT) * max_tokens
+    return value_GT.sum() / tokens
+
+
 def clipped_policy_gradient(
     logp_GT,
     old_logp_GT,
@@ -304,62 +329,48 @@ def clipped_policy_gradient(
     normaliser="grpo",
     max_tokens=None,
 ):
-    """The clipped policy gradient of PPO with one advantage per completion, and a KL to a reference.
+    """The clipped policy gradient with one advantage per completion, and a KL to a reference.
 
-        ratio_t = exp(logp_t - old_logp_t)              d_t = ref_logp_t - logp_t
-        l_t     = -min(ratio_t * A, clip(ratio_t, 1 - clip_eps, 1 + clip_eps_high) * A)
-                  + kl_coef * (exp(d_t) - d_t - 1)
-
-        grpo      mean over rows of the mean over a row's tokens of l_t
-        dapo      sum of all l_t / number of all tokens (what TRL calls bnpo, where the batch is one step)
-        dr_grpo   sum of all l_t / (rows * max_tokens): a constant, whatever the lengths are
+        ratio_t = exp(logp_t - old_logp_t)         L = the mean of l_t, see `average_tokens`
+        l_t     = -min(ratio_t * A, clip(ratio_t, 1 - clip_eps, 1 + clip_eps_high) * A) + kl_coef * KL_t
 
     logp_GT, old_logp_GT, ref_logp_GT   (G, T) of the policy, of the policy that sampled, of the reference
-                [nat]; the rows may belong to any number of groups. No gradient reaches the last two
+                [nat]; rows of any number of groups. No gradient reaches the last two
     advantage_G (G,) see `group_advantages`
     mask_GT     (G, T) bool, the tokens that count; what stands elsewhere is ignored, whatever it is
     clip_eps, clip_eps_high   > 0, how far a ratio may go down and up; None is the same as down
-    kl_coef     >= 0; above 0 it needs ref_logp_GT
-    Returns (loss, info): a scalar, and a dict of constants, means over the tokens in the mask:
-    clip_ratio/{low,high,region}_mean, the shares that the clipping holds back, and kl where there is a
-    reference. Where logp is old_logp the loss is -mean(A) (+ KL): its gradient is not zero, nothing clips.
-    The ratio measures what the updates changed. Tokens drawn at another temperature, from fewer tokens or in
-    phases are not draws from exp(old_logp): for those a bias remains, as in the original and in TRL.
-    Raises ValueError for unequal shapes, a parameter out of range, or what is missing. Log-probabilities that
-    are not finite make a loss that is not: the caller skips the step.
-    Source: arXiv 2402.03300, 2503.14476, 2503.20783; whaaaaaatt/adaGRPO. Differs: the mask acts before exp.
+    kl_coef     >= 0, of KL_t as in `anchor_kl`; above 0 it needs ref_logp_GT
+    Returns (loss, info): a scalar that is not finite where something in the mask is not, and a dict of
+    constants: clip_ratio/{low,high,region}_mean, the share of tokens held back, and kl given a reference.
+    The ratio measures what the updates changed; at the first one the loss is -mean(A) and nothing clips. For
+    tokens not drawn from exp(old_logp) but tempered, truncated or phased, a bias remains, as in TRL.
+    Raises ValueError for unequal shapes, a parameter out of range, or what is missing.
+    Source: arXiv 2402.03300, 2503.14476, 2503.20783; whaaaaaatt/adaGRPO. A ratio of e, clipped at 1.2:
 
-    >>> logp = torch.tensor([[-1.0, -1.0]])
-    >>> mask = torch.tensor([[True, True]])
+    >>> logp, mask = torch.tensor([[-1.0, -1.0]]), torch.tensor([[True, True]])
     >>> clipped_policy_gradient(logp, logp - 1, torch.tensor([2.0]), mask, clip_eps=0.2)[0]
     tensor(-2.4000)
     """
-    tensors = [logp_GT, old_logp_GT, mask_GT, *([] if ref_logp_GT is None else [ref_logp_GT])]
-    if len({tuple(x.shape) for x in tensors}) > 1 or tuple(advantage_G.shape) != (len(logp_GT),):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (*tensors, advantage_G))
-        raise ValueError(f"shapes differ: log-probs, mask and advantages are {shapes}")
     high = clip_eps if clip_eps_high is None else clip_eps_high
-    _check_ranges(normaliser=normaliser, clip_eps=clip_eps, clip_eps_high=high, kl_coef=kl_coef)
-    if normaliser == "dr_grpo" and not max_tokens:
-        raise ValueError("dr_grpo divides by max_tokens: how many is it?")
+    _check_ranges(clip_eps=clip_eps, clip_eps_high=high, kl_coef=kl_coef)
+    _check_rows(logp_GT, old_logp_GT, mask_GT, ref_logp_GT, advantage_G=advantage_G)
     if kl_coef > 0 and ref_logp_GT is None:
         raise ValueError("a KL needs the log-probabilities of the reference")
-    mask_GT, advantage_G1 = mask_GT.bool(), advantage_G[:, None]
+    mask_GT, a_G1 = mask_GT.bool(), advantage_G[:, None]
     ratio_GT = (logp_GT - old_logp_GT.detach()).masked_fill(~mask_GT, 0.0).exp()
-    clipped_GT = ratio_GT.clamp(1 - clip_eps, 1 + high)
-    token_GT = -torch.minimum(ratio_GT * advantage_G1, clipped_GT * advantage_G1)
-    tokens = mask_GT.sum().clamp(min=1)
-    info = {
-        "clip_ratio/low_mean": ((ratio_GT < 1 - clip_eps) & (advantage_G1 < 0)).sum() / tokens,
-        "clip_ratio/high_mean": ((ratio_GT > 1 + high) & (advantage_G1 > 0)).sum() / tokens,
-    }
-    info["clip_ratio/region_mean"] = info["clip_ratio/low_mean"] + info["clip_ratio/high_mean"]
+    token_GT = -torch.minimum(ratio_GT * a_G1, ratio_GT.clamp(1 - clip_eps, 1 + high) * a_G1)
+    info = {"low": (ratio_GT < 1 - clip_eps) & (a_G1 < 0), "high": (ratio_GT > 1 + high) & (a_G1 > 0)}
+    info["region"] = info["low"] | info["high"]
+    info = {f"clip_ratio/{side}_mean": held_GT.sum() / mask_GT.sum() for side, held_GT in info.items()}
     if ref_logp_GT is not None:
-        d_GT = (ref_logp_GT.detach() - logp_GT).masked_fill(~mask_GT, 0.0)
-        kl_GT = d_GT.expm1() - d_GT
-        info["kl"] = kl_GT.detach().sum() / tokens
-        token_GT = token_GT + kl_coef * kl_GT
-    token_GT = token_GT.masked_fill(~mask_GT, 0.0)
-    if normaliser == "grpo":
-        return (token_GT.sum(dim=1) / mask_GT.sum(dim=1).clamp(min=1)).mean(), info
-    return token_GT.sum() / (tokens if normaliser == "dapo" else len(logp_GT) * max_tokens), info
+        info["kl"] = anchor_kl(logp_GT.detach(), ref_logp_GT, mask_GT)
+        token_GT = token_GT + kl_coef * _token_kl(logp_GT, ref_logp_GT, mask_GT)
+    return average_tokens(token_GT, mask_GT, normaliser=normaliser, max_tokens=max_tokens), info
+
+
+def _check_rows(*tensors_GT, advantage_G):
+    """ValueError unless these (those that are not None) have the same shape, with an advantage per row."""
+    shapes = [tuple(tensor.shape) for tensor in tensors_GT if tensor is not None]
+    if len(set(shapes)) > 1 or tuple(advantage_G.shape) != shapes[0][:1]:
+        found = ", ".join(map(str, [*shapes, tuple(advantage_G.shape)]))
+        raise ValueError(f"shapes differ: log-probs, mask and advantages are {found}")

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 SCRIPTS = sorted(ROOT.glob("*.py"))
 LIBRARY = sorted((ROOT / "lib").glob("*.py"))
 LINES = {"evaluate.py": 180, "check_eval.py": 120, "chat_gui.py": 300}  # train scripts: 200, lib modules: 300
-LINES |= {"losses.py": 370}  # the equations of three algorithms stand in one place, half of it what they mean
+LINES |= {"losses.py": 380}  # the equations of three algorithms stand in one place, half of it what they mean
 LINES |= {"train_adagrpo.py": 205}
 MAIN = {"train_adagrpo.py": 82}  # a loop over attempts within the loop over steps, both to be seen
 PAGE = (

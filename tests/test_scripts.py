@@ -364,6 +364,36 @@ def test_settings_of_the_anchored_loss_are_checked_before_anything_loads(
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "admitted"),
+    [
+        ("--good-enough", "right > 1", "write it like 'correct >= 1' or 'reward > 0.5'"),
+        ("--good-enough", "correct >= 9", "would hold for no group of 8 completions"),
+        ("--schedule", "2xT1.0", "write a step, a colon, rows"),
+        ("--schedule", "1: 2xT1.0,q3", "cannot read 'q3'"),
+        ("--max-resamples", "-1", "must be >= 0"),
+        ("--train-on", "first", "must be one of last | all"),
+        ("--scale-rewards", "std", "must be one of group | none"),
+        ("--clip-eps", "0", "must be > 0 and < 1"),
+        ("--clip-eps", "1", "must be > 0 and < 1"),
+        ("--clip-eps-high", "0", "must be > 0"),
+        ("--kl-coef", "-0.1", "must be >= 0"),
+        ("--normaliser", "bnpo", "must be one of grpo | dapo | dr_grpo"),
+        ("--updates-per-batch", "0", "must be >= 1"),
+        ("--repetition-penalty", "0", "must be > 0"),
+        ("--phase", "</think>", "write a marker, a colon, parameters"),
+    ],
+)
+def test_settings_of_further_attempts_are_checked_before_anything_loads(
+    option, value, admitted, tmp_path, capsys
+):
+    import train_adagrpo
+
+    words = ["--model", "nowhere/at/all", "--output-dir", str(tmp_path / "r"), option, value]
+    check_mistake(train_adagrpo, words, admitted, capsys)
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("anchor", ["on_policy", "fixed", "ema", "kl_triggered"])
 def test_every_anchor_trains_and_says_what_it_does(data, tmp_path, anchor):
     """Two updates a batch: the second one is off-policy, and the anchor shows in the metrics."""
