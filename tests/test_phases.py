@@ -104,7 +104,7 @@ def sampler(toy_model):
 
 
 # Tokens are decimal numbers: "1" is written by many of them, "12" by 12, by 1 and 2, and by 31 and 25.
-PHASES = ["1: T0", "12: T0.3,p0.8", "1: T1.7,r1.5", "12: k1"]
+PHASES = ["1: T0", "1: m0.3", "12: T0.3,p0.8", "1: T1.7,r1.5", "12: k1"]
 
 
 @pytest.mark.parametrize("phase", PHASES)
