@@ -46,7 +46,9 @@ ARMS = {
     "fixed_16": ["--group-size", "16", "--max-resamples", "0"],
 }
 # One checkpoint a step, and nothing that takes time beside training. A user's own words come behind these.
-COMMON = "--lr-schedule constant --max-steps 100000 --epochs 100000 --save-every 1 --eval-every 100000"
+COMMON = (
+    "--lr-schedule constant --warmup 0 --max-steps 100000 --epochs 100000 --save-every 1 --eval-every 100000"
+)
 COMMON += " --eval-samples 1 --report-to none"
 
 
@@ -117,6 +119,7 @@ def run_arm(arm, seed, options, grader):
         checkpoint = folder / "run" / "checkpoints" / f"step_{end['step']:06d}"
         after = measure(checkpoint, problems, samples=options.samples, grader=grader)
     told = {"steps": end["step"], "tokens": end["num_tokens"], "minutes": minutes}
+    told["learning_rate"] = end["learning_rate"]
     return {"arm": arm, "seed": seed} | told | {"after": after}
 
 

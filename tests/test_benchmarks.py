@@ -28,6 +28,7 @@ def test_adaptive_and_fixed_groups_spend_the_same_tokens():
     assert [run["arm"] for run in result["runs"]] == ["adaptive", "fixed_8"]
     for run in result["runs"]:
         assert 1500 <= run["tokens"] <= 1500 + 4 * 3 * 8 * 40, "one step too many at most"
+        assert run["learning_rate"] == 8e-4, "constant from the first step on"
         assert 0 <= run["after"]["hard"]["pass@1"] <= 1
         assert run["after"]["medium"]["samples"] == 2
     steps = [run["steps"] for run in result["runs"]]
