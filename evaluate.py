@@ -58,6 +58,7 @@ TOP_P: float | None = None  # > 0 and <= 1, sample from the smallest set of toke
 TOP_K: int | None = None  # >= 0, sample from so many most likely tokens; 0 is off
 MIN_P: float | None = None  # >= 0 and <= 1, drop tokens less likely than this share of the likeliest
 REPETITION_PENALTY: float | None = None  # > 0, 1 is off
+PHASE: str | None = None  # sampling behind a marker, like "</think>: T0.6,p0.95"; none: the checkpoint's
 MAX_NEW_TOKENS: int | None = None  # >= 1, tokens per answer; none: the checkpoint's, else 1000
 PROMPT: str | None = None  # answer_tag | boxed | think_answer: none: the checkpoint's, else answer_tag
 SYSTEM_PROMPT: str | None = None  # text before the problem; none: the checkpoint's, else nothing
@@ -93,7 +94,7 @@ def choose_how(place, grader, tokenizer):
     system = trained.get("system", "") if SYSTEM_PROMPT is None else SYSTEM_PROMPT
     thinking = trained.get("thinking") if THINKING is None else THINKING
     changes = {"temperature": TEMPERATURE, "top_p": TOP_P, "top_k": TOP_K, "min_p": MIN_P}
-    changes |= {"repetition_penalty": REPETITION_PENALTY, "max_new_tokens": MAX_NEW_TOKENS}
+    changes |= {"repetition_penalty": REPETITION_PENALTY, "max_new_tokens": MAX_NEW_TOKENS, "phase": PHASE}
     params = choose_sampling(trained, changes)
     samples = 1 if params.temperature == 0 else SAMPLES
     ask = partial(encode_prompt, tokenizer, style=style, system=system, thinking=thinking)

@@ -34,6 +34,7 @@ DEFAULTS = {
     "top_p": 1.0,
     "top_k": 0,
     "min_p": 0.0,
+    "phase": "",
     "seed": 1,
     "system": "",
 }
@@ -96,6 +97,7 @@ class AskPanel:
             top_p = gr.Slider(0.01, 1, step=0.01, label="top_p", info="1: off")
             top_k = gr.Number(label="top_k", precision=0, minimum=0, info="0: off")
             min_p = gr.Slider(0, 1, step=0.01, label="min_p", info="0: off")
+            phase = gr.Textbox(label="Second phase", info="Like </think>: T0.6,p0.95", elem_id="phase")
             seed = gr.Number(label="Seed", precision=0, info="The same seed, the same answer", elem_id="seed")
         with gr.Accordion("System prompt", open=False, elem_id="system_prompt"):
             self.saved = gr.Dropdown([], value=None, label="Saved ones", elem_id="saved_prompts")
@@ -103,7 +105,7 @@ class AskPanel:
             with gr.Row():
                 self.keep = gr.Button("Save", size="sm", min_width=60, elem_id="keep_prompt")
                 self.forget = gr.Button("Remove", size="sm", min_width=60, elem_id="forget_prompt")
-        widgets = (prompt, temperature, tokens, thinking, top_p, top_k, min_p, seed, system)
+        widgets = (prompt, temperature, tokens, thinking, top_p, top_k, min_p, phase, seed, system)
         self.settings = dict(zip(DEFAULTS, widgets, strict=True))
 
     def _remember_changes(self):
@@ -208,6 +210,7 @@ class AskPanel:
             top_k=chosen["top_k"],
             min_p=chosen["min_p"],
             max_new_tokens=max(1, chosen["max_new_tokens"]),
+            phase=(chosen["phase"] or "").strip(),
         )
         prompt = {"style": chosen["prompt"], "thinking": THINKING[chosen["thinking"]]}
         return chosen["system"] or "", prompt, params, chosen["seed"]

@@ -10,8 +10,8 @@ import gradio as gr
 import pandas
 
 from lib.checkpoints import write_json
-from lib.conversation import AS_TYPED, find_answer, split_thinking
-from lib.prompts import PROMPT_STYLES
+from lib.conversation import AS_TYPED, find_answer
+from lib.prompts import PROMPT_STYLES, split_thinking
 from lib.settings import UserError
 
 LATEX = [

@@ -98,27 +98,6 @@ def render_conversation(tokenizer, conversation, *, style=AS_TYPED, thinking=Non
     return render_messages(tokenizer, system + turns, thinking=thinking)
 
 
-def split_thinking(text, *, opened=False):
-    """(thinking, rest, is it over?) of a completion; thinking is None where there is none.
-
-    opened   the prompt itself ended with <think>, as some chat templates do
-
-    >>> split_thinking("<think>2 + 2</think>It is 4.")
-    ('2 + 2', 'It is 4.', True)
-    >>> split_thinking("<think>so far", opened=False)
-    ('so far', '', False)
-    >>> split_thinking("It is 4.")
-    (None, 'It is 4.', True)
-    """
-    body = text.lstrip()
-    if body.startswith("<think>"):
-        body = body.removeprefix("<think>")
-    elif not opened:
-        return None, text, True
-    thought, closing, rest = body.partition("</think>")
-    return thought.strip(), rest.strip(), bool(closing)
-
-
 def find_answer(text, style):
     """The answer extracted from a completion, in the style it was asked for."""
     return extract_any_answer(text, "answer_tag") if style == AS_TYPED else extract_answer(text, style)

@@ -7,10 +7,16 @@ however rows are batched, and after a resume.
 Shape suffixes: N rows, V vocabulary.
 """
 
+import dataclasses
+import functools
 import hashlib
+import math
+import re
 from dataclasses import dataclass
 
 import torch
+
+from lib.settings import UserError
 
 _MASK64 = 2**64 - 1
 
@@ -25,6 +31,70 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int = 256
+    phase: str = ""  # "marker: parameters" from behind the marker on, see lib/phases.py; empty is none
+
+    def __post_init__(self):
+        parse_phase(self.phase)  # a wrong one is named here, before anything is sampled
+
+    @property
+    def is_raw(self):
+        """Are tokens drawn from the model's own distribution, as far as these parameters go?"""
+        raw, mine = SamplingParams(), vars(self)
+        return all(mine[name] == getattr(raw, name) for name, *_ in _LETTERS.values())
+
+
+_LETTERS = {  # of the short form: field, type, admissible values in words and as a test
+    "T": ("temperature", float, ">= 0", lambda value: value >= 0),
+    "p": ("top_p", float, "> 0 and <= 1", lambda value: 0 < value <= 1),
+    "k": ("top_k", int, ">= 0", lambda value: value >= 0),
+    "m": ("min_p", float, ">= 0 and <= 1", lambda value: 0 <= value <= 1),
+    "r": ("repetition_penalty", float, "> 0", lambda value: value > 0),
+}
+
+
+def parse_params(text, *, option, base=None):
+    """`SamplingParams` from their short form, as in T1.1,p0.99,k20,m0.05,r1.2.
+
+    T temperature, p top_p, k top_k, m min_p, r repetition penalty; what is not said is as in `base` (None:
+    neutral). UserError, as `option`, names the piece that is wrong.
+    """
+    values = {}
+    for piece in text.replace(" ", "").split(","):
+        found = re.fullmatch(r"([Tpkmr])(\d+\.?\d*|\.\d+)", piece)
+        if not found:
+            raise UserError(
+                f"{option}: cannot read {piece!r} in {text!r}: write it like T1.1,p0.99,k20,m0.05,r1.2"
+            )
+        name, kind, admitted, holds = _LETTERS[found[1]]
+        value = float(found[2])
+        if name in values:
+            raise UserError(f"{option}: {name} stands there twice in {text!r}")
+        if not holds(value) or (kind is int and not value.is_integer()) or not math.isfinite(value):
+            what = "a whole number " if kind is int else ""
+            raise UserError(
+                f"{option}: {name} must be {what}{admitted}, not {found[2]} ({piece!r} in {text!r})"
+            )
+        values[name] = kind(value)
+    return dataclasses.replace(base or SamplingParams(), **values)
+
+
+@functools.cache
+def parse_phase(text):
+    """(marker, `SamplingParams` of the second phase) of a setting; ("", None) where it is empty.
+
+    What the setting does not say about the second phase is neutral, not as in the first one. UserError names
+    what is wrong.
+    """
+    if not text.strip():
+        return "", None
+    marker, colon, params = (part.strip() for part in text.rpartition(":"))
+    if not colon or not marker:
+        raise UserError(f"--phase {text!r}: write a marker, a colon, parameters, like '</think>: T0.6,p0.95'")
+    if not marker.isascii():
+        raise UserError(
+            f"--phase: the marker {marker!r} must be plain ASCII: other letters may be half a token"
+        )
+    return marker, parse_params(params, option="--phase", base=SamplingParams())
 
 
 def mix64(value):

@@ -67,7 +67,7 @@ def compare_plain(gold, answer):
     gold, answer = normalise(gold), normalise(answer)
     if gold and gold == answer:
         return True
-    values = [_read_number(text) if len(text) <= 40 else None for text in (gold, answer)]
+    values = [read_number(text) for text in (gold, answer)]
     if None in values:
         return None
     if values[0] == values[1]:
@@ -75,8 +75,10 @@ def compare_plain(gold, answer):
     return None if "." in gold + answer else False
 
 
-def _read_number(text):
-    """The exact value of a number or of a fraction of two whole numbers, else None."""
+def read_number(text):
+    """The exact value of a number, or fraction of whole ones, in at most 40 characters; else None."""
+    if len(text) > 40:
+        return None
     if _NUMBER.fullmatch(text):
         return Fraction(text.replace(",", ""))
     parts = _FRACTION.fullmatch(text)

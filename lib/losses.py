@@ -209,6 +209,10 @@ _ADMITTED = {
     "adaptive_tau_min": ("> 0", lambda value: value > 0),
     "scale_rewards": ("group | batch | none", ("group", "batch", "none").__contains__),
     "std_floor": (">= 0", lambda value: value >= 0),
+    "normaliser": ("grpo | dapo | dr_grpo", ("grpo", "dapo", "dr_grpo").__contains__),
+    "clip_eps": ("> 0", lambda value: value > 0),
+    "clip_eps_high": ("> 0", lambda value: value > 0),
+    "kl_coef": (">= 0", lambda value: value >= 0),
 }
 
 
@@ -255,6 +259,118 @@ def anchor_kl(logp_GT, anchor_logp_GT, mask_GT):
     if not logp_GT.shape == anchor_logp_GT.shape == mask_GT.shape:
         shapes = [tuple(tensor.shape) for tensor in (logp_GT, anchor_logp_GT, mask_GT)]
         raise ValueError(f"shapes differ: log-probs {shapes[0]}, anchor {shapes[1]}, mask {shapes[2]}")
-    mask_GT = mask_GT.bool()
+    return _token_kl(logp_GT, anchor_logp_GT, mask_GT.bool()).sum() / mask_GT.sum().clamp(min=1)
+
+
+def _token_kl(logp_GT, anchor_logp_GT, mask_GT):
+    """exp(d) - d - 1 with d = anchor_logp - logp, per token; 0 where the mask is False."""
     d_GT = (anchor_logp_GT.detach() - logp_GT).masked_fill(~mask_GT, 0.0)
-    return (d_GT.expm1() - d_GT).sum() / mask_GT.sum().clamp(min=1)
+    return d_GT.expm1() - d_GT
+
+
+def group_advantages(reward_G, *, seen=None, scale=True):
+    """How much better each completion of a group is than what was seen of its problem.
+
+        A_i = (r_i - mean(seen)) / (std(seen) + 1e-4)        the std is unbiased
+
+    reward_G  (G,) any unit
+    seen      (M,) the rewards of all attempts at the problem, this one's among them; None is this group alone
+    scale     False leaves out the division
+    Returns (G,); exactly 0 where all that was seen is equal: such a group teaches nothing.
+    Raises ValueError if there are fewer than two rewards, or anything is not finite.
+    Source: whaaaaaatt/adaGRPO; where nothing was sampled again these are the advantages of GRPO.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0]), seen=torch.tensor([1.0, 0.0, 0.0, 0.0]), scale=False)
+    tensor([ 0.7500, -0.2500])
+    """
+    seen = reward_G if seen is None else seen
+    if reward_G.dim() != 1 or seen.dim() != 1 or len(seen) < 2:
+        shapes = f"{tuple(reward_G.shape)} and {tuple(seen.shape)}"
+        raise ValueError(f"rewards stand in one row, and of a problem two are needed; got {shapes}")
+    if not (torch.isfinite(reward_G).all() and torch.isfinite(seen).all()):
+        raise ValueError("rewards must be finite")
+    if seen.min() == seen.max():
+        return torch.zeros_like(reward_G)
+    centred_G = reward_G - seen.mean()
+    return centred_G / (seen.std() + 1e-4) if scale else centred_G
+
+
+def average_tokens(value_GT, mask_GT, *, normaliser, max_tokens=None):
+    """One number from one per token: whose mean a loss is.
+
+        grpo      mean over rows of the mean over a row's tokens: a token counts more in a short completion
+        dapo      sum / number of all tokens (TRL calls it bnpo where, as here, the batch is one step)
+        dr_grpo   sum / (rows * max_tokens): a constant, whatever the lengths are
+
+    value_GT    (G, T); what stands where mask_GT is False is ignored, whatever it is
+    max_tokens  of dr_grpo: the limit of a completion
+    Raises ValueError for an unknown normaliser, or dr_grpo without max_tokens.
+    """
+    _check_ranges(normaliser=normaliser)
+    if normaliser == "dr_grpo" and not max_tokens:
+        raise ValueError("dr_grpo divides by max_tokens: how many is it?")
+    value_GT = value_GT.masked_fill(~mask_GT, 0.0)
+    if normaliser == "grpo":
+        return (value_GT.sum(dim=1) / mask_GT.sum(dim=1).clamp(min=1)).mean()
+    tokens = mask_GT.sum().clamp(min=1) if normaliser == "dapo" else len(value_GT) * max_tokens
+    return value_GT.sum() / tokens
+
+
+def clipped_policy_gradient(
+    logp_GT,
+    old_logp_GT,
+    advantage_G,
+    mask_GT,
+    *,
+    clip_eps,
+    clip_eps_high=None,
+    ref_logp_GT=None,
+    kl_coef=0.0,
+    normaliser="grpo",
+    max_tokens=None,
+):
+    """The clipped policy gradient with one advantage per completion, and a KL to a reference.
+
+        ratio_t = exp(logp_t - old_logp_t)         L = the mean of l_t, see `average_tokens`
+        l_t     = -min(ratio_t * A, clip(ratio_t, 1 - clip_eps, 1 + clip_eps_high) * A) + kl_coef * KL_t
+
+    logp_GT, old_logp_GT, ref_logp_GT   (G, T) of the policy, of the policy that sampled, of the reference
+                [nat]; rows of any number of groups. No gradient reaches the last two
+    advantage_G (G,) see `group_advantages`
+    mask_GT     (G, T) bool, the tokens that count; what stands elsewhere is ignored, whatever it is
+    clip_eps, clip_eps_high   > 0, how far a ratio may go down and up; None is the same as down
+    kl_coef     >= 0, of KL_t as in `anchor_kl`; above 0 it needs ref_logp_GT
+    Returns (loss, info): a scalar that is not finite where something in the mask is not, and a dict of
+    constants: clip_ratio/{low,high,region}_mean, the share of tokens held back, and kl given a reference.
+    The ratio measures what the updates changed; at the first one the loss is -mean(A) and nothing clips. For
+    tokens not drawn from exp(old_logp) but tempered, truncated or phased, a bias remains, as in TRL.
+    Raises ValueError for unequal shapes, a parameter out of range, or what is missing.
+    Source: arXiv 2402.03300, 2503.14476, 2503.20783; whaaaaaatt/adaGRPO. A ratio of e, clipped at 1.2:
+
+    >>> logp, mask = torch.tensor([[-1.0, -1.0]]), torch.tensor([[True, True]])
+    >>> clipped_policy_gradient(logp, logp - 1, torch.tensor([2.0]), mask, clip_eps=0.2)[0]
+    tensor(-2.4000)
+    """
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    _check_ranges(clip_eps=clip_eps, clip_eps_high=high, kl_coef=kl_coef)
+    _check_rows(logp_GT, old_logp_GT, mask_GT, ref_logp_GT, advantage_G=advantage_G)
+    if kl_coef > 0 and ref_logp_GT is None:
+        raise ValueError("a KL needs the log-probabilities of the reference")
+    mask_GT, a_G1 = mask_GT.bool(), advantage_G[:, None]
+    ratio_GT = (logp_GT - old_logp_GT.detach()).masked_fill(~mask_GT, 0.0).exp()
+    token_GT = -torch.minimum(ratio_GT * a_G1, ratio_GT.clamp(1 - clip_eps, 1 + high) * a_G1)
+    info = {"low": (ratio_GT < 1 - clip_eps) & (a_G1 < 0), "high": (ratio_GT > 1 + high) & (a_G1 > 0)}
+    info["region"] = info["low"] | info["high"]
+    info = {f"clip_ratio/{side}_mean": held_GT.sum() / mask_GT.sum() for side, held_GT in info.items()}
+    if ref_logp_GT is not None:
+        info["kl"] = anchor_kl(logp_GT.detach(), ref_logp_GT, mask_GT)
+        token_GT = token_GT + kl_coef * _token_kl(logp_GT, ref_logp_GT, mask_GT)
+    return average_tokens(token_GT, mask_GT, normaliser=normaliser, max_tokens=max_tokens), info
+
+
+def _check_rows(*tensors_GT, advantage_G):
+    """ValueError unless these (those that are not None) have the same shape, with an advantage per row."""
+    shapes = [tuple(tensor.shape) for tensor in tensors_GT if tensor is not None]
+    if len(set(shapes)) > 1 or tuple(advantage_G.shape) != shapes[0][:1]:
+        found = ", ".join(map(str, [*shapes, tuple(advantage_G.shape)]))
+        raise ValueError(f"shapes differ: log-probs, mask and advantages are {found}")

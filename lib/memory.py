@@ -90,7 +90,7 @@ def plan_memory(config, work, *, dtype, card=None):
     card     memory of the card; None leaves out what only cards need
     """
     rows = max(1, work.tokens_per_microbatch // work.row_tokens)
-    two, three = (_count(_with_layers(config, n), work, dtype, rows) for n in (2, 3))
+    two, three = (_count(_with_layers(config, n), work, dtype=dtype, rows=rows) for n in (2, 3))
     counts = {name: two[name] + (config.num_hidden_layers - 2) * (three[name] - two[name]) for name in two}
     moments = {"adamw": 2 * counts["adapter"], "adamw_8bit": int(counts["trained"] * 2 * (1 + 4 / 256))}
     held = {name: counts[name] for name in ("weights", "adapter")}
@@ -185,8 +185,8 @@ class _CountedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _attend(module, query, key, value, attention_mask, **_):
-    return _CountedAttention.apply(query, key, value).transpose(1, 2), None
+def _attend(module, *tensors, **_):  # query, key, value and a mask, as transformers calls it
+    return _CountedAttention.apply(*tensors[:3]).transpose(1, 2), None
 
 
 def _build_on_meta(config, work, dtype):
@@ -220,7 +220,7 @@ def _with_layers(config, number):
     return config
 
 
-def _count(config, work, dtype, rows):
+def _count(config, work, *, dtype, rows):
     """Bytes of weights and adapter, numbers that are trained, and peak bytes of a micro-batch."""
     model = _build_on_meta(config, work, dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -169,6 +169,48 @@ def extract_answer(completion, style, *, strict=True):
     return next(others, completion.strip().rpartition("\n")[2].strip() or None)
 
 
+def find_written(completion, style):
+    """(answer, what stands between its marks) of the last answer in `style`: the second one is not stripped.
+
+    (None, None) where there is none, as in `extract_answer`.
+    """
+    chosen = find_style(style)
+    text = _without_echo(completion, chosen)
+    span = _last_answer_span(text, chosen)
+    if not span:
+        return None, None
+    return span[2], text[span[0] + len(chosen.opening) : span[1] - len(chosen.closing)]
+
+
+def count_marks(completion, style):
+    """How often each text stands in a completion that stands once in a well-formed one, by that text."""
+    chosen = find_style(style)
+    text = _without_echo(completion, chosen)
+    marks = ["</think>"] * chosen.thinks + [chosen.opening] + [chosen.closing] * (chosen.closing != "}")
+    return {mark: text.count(mark) for mark in marks}
+
+
+def split_thinking(text, *, opened=False):
+    """(thinking, rest, is it over?) of a completion; thinking is None where there is none.
+
+    opened   the prompt itself ended with <think>, as some chat templates do
+
+    >>> split_thinking("<think>2 + 2</think>It is 4.")
+    ('2 + 2', 'It is 4.', True)
+    >>> split_thinking("<think>so far", opened=False)
+    ('so far', '', False)
+    >>> split_thinking("It is 4.")
+    (None, 'It is 4.', True)
+    """
+    body = text.lstrip()
+    if body.startswith("<think>"):
+        body = body.removeprefix("<think>")
+    elif not opened:
+        return None, text, True
+    thought, closing, rest = body.partition("</think>")
+    return thought.strip(), rest.strip(), bool(closing)
+
+
 def extract_any_answer(completion, style):
     """The answer a reader would see, whatever the format: in `style`, else tagged or boxed, else after the
     last "answer is", else the last number. None where there is nothing of the kind.

@@ -91,9 +91,10 @@ class StepClock:
         self._laps = {}
 
     def lap(self, name):
-        """The part that ends now is called `name`."""
+        """The part that ends now is called `name`; a name that comes again adds up."""
         now = time.perf_counter()
-        self._laps[f"time/{name}_s"] = now - self._last
+        key = f"time/{name}_s"
+        self._laps[key] = self._laps.get(key, 0.0) + now - self._last
         self._last = now
 
     def metrics(self):

@@ -3,9 +3,8 @@
     REWARDS = "correctness:1 answer_tag:1/3 tail_position:1/3 length_decay(start=800,end=1000):1/3"
 
 One entry is `name(option=value,...):weight`; `path/to/file.py:function:weight` takes a function of your own,
-in TRL's signature (keywords prompts, completions, completion_ids, answer, the other columns; returns a list)
-or in verl's (`compute_score(data_source, solution_str, ground_truth, extra_info)`; returns one number). Every
-function gets all completions of a step at once.
+in TRL's signature (keywords prompts, completions, completion_ids, answer, the other columns; a list of all
+completions of a step in return) or in verl's (`compute_score(data_source, solution_str, ground_truth, ...)`).
 """
 
 import ast
@@ -17,6 +16,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from lib.marker_rewards import MARKER_REWARDS
 from lib.prompts import ends_with_answer, extract_answer, extract_any_answer, has_format, is_echo
 from lib.settings import UserError, find_path
 
@@ -131,7 +131,7 @@ def measure_repetition(text, size):
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-_FUNCTIONS = (correctness, answer_tag, tail_position, length_decay, good_accuracy)
+_FUNCTIONS = (correctness, answer_tag, tail_position, length_decay, good_accuracy, *MARKER_REWARDS)
 BUILT_IN = {function.__name__: function for function in _FUNCTIONS}
 _ADMITTED = {  # what the options of a function must satisfy: in words, and as a test
     "length_decay": ("0 <= start < end", lambda o: 0 <= o["start"] < o["end"]),

@@ -135,6 +135,7 @@ class RunLog:
             | {"reward": group.reward[i], "advantage": group.advantage[i]}
             | {"answer": group.problem.answer, "tier": group.problem.tier, "correct": group.grades[i].correct}
             | {"tokens": len(group.completion_ids[i]), "finish_reason": group.finish_reasons[i]}
+            | {"attempt": group.attempt}
             for group in groups
             for i in range(len(group.completions))
         ]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lib.draws import draw_key, draw_tokens
+from lib.draws import draw_key, draw_tokens, parse_phase
+from lib.phases import PhaseTracker, token_texts
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Group:
     reward: list = field(default_factory=list)  # weighted total
     grades: list = field(default_factory=list)  # a rewards.Grade each; filled by rewards.grade_groups
     advantage: list = field(default_factory=list)  # how hard each completion was pushed; filled by the script
+    attempt: int = 0  # how often its problem had been sampled before in the same step
 
 
 def keep_advantages(groups, advantage_PG):
@@ -54,7 +56,7 @@ def decode_completions(tokenizer, rows, *, end_ids):
     return tokenizer.batch_decode(bare, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def build_groups(sampler, problems, prompts, rows):
+def build_groups(sampler, problems, prompts, *, rows, attempt):
     """One `Group` per problem from a sampler's rows: (token ids, log-probs, ended) of each completion, those
     of a problem together. The sampler lends its tokenizer and its end ids."""
     size, groups = len(rows) // len(problems), []
@@ -64,6 +66,7 @@ def build_groups(sampler, problems, prompts, rows):
         prompt = sampler.tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
         reasons = ["stop" if one else "length" for one in ended]
         groups.append(Group(problem, prompt, prompt_ids, list(ids), texts, reasons, list(logps)))
+        groups[-1].attempt = attempt
     return groups
 
 
@@ -77,6 +80,7 @@ class TransformersSampler:
 
     def __init__(self, model, tokenizer, *, max_rows=1024):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        self.text_of = token_texts(tokenizer)
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.end_ids = find_end_ids(self.causal_lm.generation_config, tokenizer)
 
@@ -99,7 +103,7 @@ class TransformersSampler:
             ]
             rows += self._decode(prompts[start : start + per_batch], keys, params)
         self.model.train(was_training)
-        return build_groups(self, problems, prompts, rows)
+        return build_groups(self, problems, prompts, rows=rows, attempt=attempt)
 
     def texts(self, rows):
         """`decode_completions` of these token ids."""
@@ -129,12 +133,13 @@ class TransformersSampler:
         length_N, logits_NV = length_P[source_N], logits_PV[source_N]
         column_L = torch.arange(width + params.max_new_tokens, device=device)
         visible_NL = (column_L < length_N[:, None]) | (column_L >= width)
-        seen_NV = None
-        if params.repetition_penalty != 1.0:
+        seen_NV, (marker, later) = None, parse_phase(params.phase)
+        if any(each.repetition_penalty != 1.0 for each in (params, later or params)):
             seen_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
             for row, source in enumerate(source_N.tolist()):
                 seen_NV[row, prompts[source]] = True
-        rows = _Rows(row_N, key_N, length_N, visible_NL, seen_NV, cache, width)
+        trackers = [PhaseTracker(marker, self.text_of) for _ in keys] if later else None
+        rows = _Rows(row_N, key_N, length_N, visible_NL, seen_NV, cache, width, trackers)
         rows.keep_cache(source_N)
         return rows, logits_NV
 
@@ -143,9 +148,24 @@ class TransformersSampler:
         known = len(self.tokenizer)
         seen_NV = None if rows.seen_NV is None else rows.seen_NV[:, :known]
         token_N = draw_tokens(logits_NV[:, :known], params, rows.key_N, position=position, seen_NV=seen_NV)
+        if rows.trackers is not None:
+            self._draw_later(logits_NV[:, :known], rows, params, position=position, token_N=token_N)
         if rows.seen_NV is not None:
             rows.seen_NV.scatter_(1, token_N[:, None], True)
         return token_N
+
+    def _draw_later(self, allowed_NV, rows, params, *, position, token_N):
+        """Draw the rows that are behind their marker once more, into `token_N`, as their phase asks for."""
+        behind = [i for i, tracker in enumerate(rows.trackers) if tracker.behind]
+        if behind:
+            index = torch.tensor(behind, device=token_N.device)
+            seen_NV = None if rows.seen_NV is None else rows.seen_NV[index, : allowed_NV.shape[1]]
+            _, later = parse_phase(params.phase)
+            token_N[index] = draw_tokens(
+                allowed_NV[index], later, rows.key_N[index], position=position, seen_NV=seen_NV
+            )
+        for tracker, token in zip(rows.trackers, token_N.tolist(), strict=True):
+            tracker.push(token)
 
     def _advance(self, rows, token_N, *, position):
         """The logits behind the tokens that were just drawn at `position`."""
@@ -225,6 +245,7 @@ class _Rows:
     seen_NV: torch.Tensor | None
     cache: object
     width: int  # columns of the longest prompt; completions begin there
+    trackers: list | None = None  # a PhaseTracker each, where there are two phases
 
     def keep_cache(self, index_N):
         for layer in self.cache.layers:
@@ -236,3 +257,4 @@ class _Rows:
         self.row_N, self.key_N, self.length_N = (x[index_N] for x in (self.row_N, self.key_N, self.length_N))
         self.visible_NL = self.visible_NL[index_N]
         self.seen_NV = None if self.seen_NV is None else self.seen_NV[index_N]
+        self.trackers = self.trackers and [self.trackers[i] for i in index_N.tolist()]

@@ -20,6 +20,7 @@ from lib.settings import UserError
 TEXTS = ("prompt", "completion")
 # What is known of every completion, beside rewards by part. An evaluation has no reward and no advantage.
 FACTS = ("step", "problem_id", "tier", "answer", "correct", "reward", "advantage", "tokens", "finish_reason")
+FACTS += ("attempt",)
 PLACE = ("file", "row", "member")  # where a completion is: its file, the row in it, its number in that row
 BATCH_ROWS = 500  # problems of an evaluation whose answers are in memory at once while they are graded
 

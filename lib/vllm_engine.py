@@ -116,7 +116,7 @@ def _read_rank(adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     if config.get("modules_to_save"):
         raise UserError(
-            f"--sampler vllm: in {adapter} {config['modules_to_save'][0]} was trained whole, which vLLM does not "
-            "take from an adapter; --sampler transformers"
+            f"--sampler vllm: in {adapter} {config['modules_to_save'][0]} was trained whole, which vLLM does "
+            "not take from an adapter; --sampler transformers"
         )
     return config["r"]

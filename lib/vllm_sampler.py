@@ -173,7 +173,7 @@ class VllmSampler:
             ids = list(output.token_ids)
             logps = [at[token].logprob for token, at in zip(ids, output.logprobs, strict=True)]
             rows.append((ids, logps, output.finish_reason == "stop"))
-        return build_groups(self, problems, prompts, rows)
+        return build_groups(self, problems, prompts, rows=rows, attempt=attempt)
 
     def _describe(self, params, key):
         from vllm import SamplingParams

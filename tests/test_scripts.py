@@ -27,6 +27,12 @@ SMALL = {
 OWN = {
     "train_grdpo.py": {"--easy": "1", "--hard": "0"},
     "train_adpo.py": {"--problems-per-step": "3", "--anchor": "ema", "--updates-per-batch": "2"},
+    "train_adagrpo.py": {
+        "--problems-per-step": "3",
+        "--updates-per-batch": "2",
+        "--schedule": "1: 1xT1.1,p0.99; 3: 2xT1.3",
+        "--phase": "<answer>: T0.5",
+    },
 }
 CLOCKS = ("step_time", "time/", "memory/", "perf/")
 
@@ -355,6 +361,36 @@ def test_settings_of_the_anchored_loss_are_checked_before_anything_loads(
 
     words = ["--model", "nowhere/at/all", "--output-dir", str(tmp_path / "r"), option, value]
     check_mistake(train_adpo, words, admitted, capsys)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "admitted"),
+    [
+        ("--good-enough", "right > 1", "write it like 'correct >= 1' or 'reward > 0.5'"),
+        ("--good-enough", "correct >= 9", "would hold for no group of 8 completions"),
+        ("--schedule", "2xT1.0", "write a step, a colon, rows"),
+        ("--schedule", "1: 2xT1.0,q3", "cannot read 'q3'"),
+        ("--max-resamples", "-1", "must be >= 0"),
+        ("--train-on", "first", "must be one of last | all"),
+        ("--scale-rewards", "std", "must be one of group | none"),
+        ("--clip-eps", "0", "must be > 0 and < 1"),
+        ("--clip-eps", "1", "must be > 0 and < 1"),
+        ("--clip-eps-high", "0", "must be > 0"),
+        ("--kl-coef", "-0.1", "must be >= 0"),
+        ("--normaliser", "bnpo", "must be one of grpo | dapo | dr_grpo"),
+        ("--updates-per-batch", "0", "must be >= 1"),
+        ("--repetition-penalty", "0", "must be > 0"),
+        ("--phase", "</think>", "write a marker, a colon, parameters"),
+    ],
+)
+def test_settings_of_further_attempts_are_checked_before_anything_loads(
+    option, value, admitted, tmp_path, capsys
+):
+    import train_adagrpo
+
+    words = ["--model", "nowhere/at/all", "--output-dir", str(tmp_path / "r"), option, value]
+    check_mistake(train_adagrpo, words, admitted, capsys)
     assert not (tmp_path / "r").exists()
 
 
