@@ -156,12 +156,12 @@ def main():
         mean = {key: statistics.fmean(run[key] for run in mine) for key in ("steps", "tokens", "minutes")}
         told = (f"{mean['steps']:.0f}", f"{mean['tokens']:,.0f}", f"{mean['minutes']:.1f}")
         table.add_row(arm, *cells, *told)
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=120).print(table)
 
 
 def show_spread(values):
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.3f} ({spread:.3f})"
+    spread = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib.draws import SamplingParams
-from lib.resampling import measure_resampling, parse_condition, parse_schedule, rows_at
+from lib.resampling import measure_resampling, parse_condition, parse_schedule, rows_at, sort_attempts
 from lib.settings import UserError
 
 BASE = SamplingParams(repetition_penalty=1.2, max_new_tokens=9, phase="a: T0")
@@ -61,10 +61,14 @@ def test_a_wrong_schedule_is_named(text, message):
         parse_schedule(text, base=BASE)
 
 
-def make_group(*correct, reward=None, tokens=2):
-    grades = [SimpleNamespace(correct=bool(right)) for right in correct]
-    ids = [[0] * tokens for _ in correct]
-    return SimpleNamespace(grades=grades, reward=reward or list(map(float, correct)), completion_ids=ids)
+def make_group(*correct, reward=None, tokens=2, problem="p", advantage=0.0):
+    return SimpleNamespace(
+        problem=SimpleNamespace(id=problem),
+        grades=[SimpleNamespace(correct=bool(right)) for right in correct],
+        reward=reward or list(map(float, correct)),
+        completion_ids=[[0] * tokens for _ in correct],
+        advantage=[advantage] * len(correct),
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,20 +105,24 @@ def test_a_wrong_condition_is_named(text, message):
 
 
 def test_metrics_of_the_attempts():
-    first_time = [make_group(1, 0)]
-    third_time = [make_group(0, 0, tokens=3), make_group(0, 0, tokens=5), make_group(1, 1)]
-    never = [make_group(0, 0), make_group(0, 0), make_group(0, 0)]
-    tries = [first_time, third_time, never]
+    once, thrice, never = ({"problem": name} for name in "abc")
+    groups = [make_group(1, 0, **once), make_group(0, 0, tokens=3, **thrice), make_group(0, 0, **never)]
+    groups += [make_group(0, 0, tokens=5, **thrice), make_group(0, 0, **never)]
+    groups += [make_group(1, 1, advantage=0.5, **thrice), make_group(0, 0, **never)]
+    assert [len(tries) for tries in sort_attempts(groups)] == [1, 3, 3]
+    assert sort_attempts(groups)[1] == [groups[1], groups[3], groups[5]]
     good = parse_condition("correct >= 1", group_size=2)
-    metrics = measure_resampling(tries, [groups[-1] for groups in tries], good)
+    metrics = measure_resampling(groups, [groups[0], groups[5], groups[6]], good)
+    wasted = 2 * 3 + 2 * 5 + 2 * 2 + 2 * 2
     assert metrics == {
+        "completions/tokens": wasted + 3 * 2 * 2,
+        "frac_advantage_zero": pytest.approx(2 / 3),
         "resample/attempts": 4,
         "resample/solved_by_resampling": 1,
         "resample/given_up": 1,
-        "resample/wasted_tokens": 2 * 3 + 2 * 5 + 2 * 2 + 2 * 2,
+        "resample/wasted_tokens": wasted,
         "resample/solve_rate_0": pytest.approx(1 / 3),
         "resample/solve_rate_1": 0,
         "resample/solve_rate_2": 0.5,
     }
-    everything = [group for groups in tries for group in groups]
-    assert measure_resampling(tries, everything, good)["resample/wasted_tokens"] == 0
+    assert measure_resampling(groups, groups, good)["resample/wasted_tokens"] == 0
