@@ -104,15 +104,14 @@ def start_policy(place, tokenizer, ledger):
     return policy, TransformersSampler(model, tokenizer, max_rows=ledger.sampled_rows)
 
 
-def rehearse(started, problems, ask, *, grade, rewards):
+def rehearse(learner, problems, ask, *, grade, rewards):
     """Sample and score problems as a step would, say what is to be changed, and end: 0 if nothing is."""
-    policy, sampler = started
     params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
     prompts = [ask(problem.problem) for problem in problems[:2]]
-    groups = sampler.sample(problems[:2], prompts, params, group_size=GROUP_SIZE, seed=SEED, step=0)
+    groups = learner[1].sample(problems[:2], prompts, params, group_size=GROUP_SIZE, seed=SEED, step=0)
     score_groups(rewards, grade(groups))
     how = {"work": describe_work(), "style": PROMPT, "thinking": THINKING}
-    raise SystemExit(print_preflight(policy, sampler, groups, **how))
+    raise SystemExit(print_preflight(*learner, groups, **how))
 
 
 def main():
