@@ -177,9 +177,10 @@ class _CountedAttention(torch.autograd.Function):
     """What a fused attention keeps: its inputs, its output, and a number per head and query."""
 
     @staticmethod
-    def forward(ctx, query, key, value):
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+    def forward(ctx, *query_key_value):
+        query = query_key_value[0]
+        out, sums = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(*query_key_value, out, sums)
         return out
 
     @staticmethod
@@ -187,8 +188,8 @@ class _CountedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _attend(module, query, key, value, attention_mask, **_):
-    return _CountedAttention.apply(query, key, value).transpose(1, 2), None
+def _attend(_module, *tensors, **_):  # query, key, value, mask
+    return _CountedAttention.apply(*tensors[:3]).transpose(1, 2), None
 
 
 def _build_on_meta(config, work, dtype):

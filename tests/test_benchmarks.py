@@ -26,3 +26,23 @@ def test_learning_reports_each_seed():
     result = run_json("learning.py", *words.split())
     assert [run["seed"] for run in result["runs"]] == [1, 2]
     assert all(run["steps"] == 2 and "pass@1" in run["after"] for run in result["runs"])
+
+
+def test_memory_is_flat_in_tokens_and_vocabulary():
+    rows = run_json("memory.py", "--tokens", "512", "2048", "--vocabularies", "8000", "64000")["rows"]
+    assert [(row["tokens"], row["vocabulary"]) for row in rows] == [(512, 64000), (2048, 64000), (2048, 8000)]
+    full, ours = ([row[f"{way}_gib"] for row in rows] for way in ("full", "ours"))
+    assert full[1] > 3 * 2048 * 64000 * 4 / 2**30, "several copies of the logits"
+    assert full[1] > 2.5 * full[0]
+    assert max(ours) < 0.6
+    assert ours[1] < 1.25 * ours[0]
+
+
+def test_the_step_for_a_card_runs_on_a_toy():
+    result = run_json("gpu_step.py", "--toy")
+    assert len(result["rows"]) == 2 * 2 * 2
+    for row in result["rows"]:
+        assert row["seconds"] > 0
+        assert 0 < row["utilisation"] < 1
+        assert row["peak_gib"] > 0
+        assert (row["token_budget"] is not None) == (row["way"] == "ours")
