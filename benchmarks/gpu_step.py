@@ -169,6 +169,8 @@ def measure(name, load, *, cap, way, toy):
     try:
         for _ in range(2):  # the first time to warm up, and to find the token budget
             wait(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()
             learn(policy, groups, reward_PG) if way == "ours" else learn_pairs(model, groups[0], timed)
             wait(device)
