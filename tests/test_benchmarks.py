@@ -35,7 +35,7 @@ def test_memory_is_flat_in_the_vocabulary():
     assert full[0] > 3 * 2048 * 64000 * 4 / 2**30, "several copies of the logits"
     assert full[0] > 2.5 * full[1]
     assert max(ours) < 0.6
-    assert abs(ours[0] - ours[1]) < 0.1
+    assert abs(ours[0] - ours[1]) < 0.25 * (full[0] - full[1])
 
 
 def test_the_step_for_a_card_runs_on_a_toy():
