@@ -58,6 +58,7 @@ def main():
         grader, other = (
             stack.enter_context(open_grader(name, seconds=GRADING_SECONDS)) for name in (GRADER, OTHER_GRADER)
         )
+        grader.start()
         read = [(path, *read_responses(path, columns=columns, style=PROMPT)) for path in paths]
         for path, answered, style in read:
             grade_groups(answered, style=style, grader=grader)

@@ -16,9 +16,10 @@ table again. `check_eval.py --responses FOLDER` grades the saved answers once mo
 from functools import partial
 from pathlib import Path
 
-from lib.batches import load_problems, refuse_duplicates
+from lib.batches import load_problems, longest_prompt, refuse_duplicates
 from lib.checkpoints import write_json
 from lib.contamination import find_contaminated
+from lib.engines import choose_engines
 from lib.evaluation import (  # noqa: F401  part of this script for others
     Engine,
     Journal,
@@ -64,6 +65,8 @@ THINKING: bool | None = None  # Qwen3's thinking flag; none: the checkpoint's, e
 SEED = 1  # every draw is a function of it
 
 # --- how it runs
+SAMPLER = "auto"  # auto | vllm | transformers: what samples; auto is vllm on a card where it is installed
+SAMPLER_MEMORY = 0.85  # > 0 and < 1, share of the card for vLLM: weights and cache
 ROWS = 1024  # >= 1, answers decoded at once: memory against speed, and how often they are saved
 GRADING_SECONDS = 5.0  # > 0, wall-clock limit for comparing one answer [s]
 
@@ -117,6 +120,15 @@ def list_jobs(place, folder):
     return [*jobs, (folder / "compared_with", None, other)], folder / "compared_with"
 
 
+def open_engine(places, tokenizer, *, sampler, context):
+    """What answers as each of these models in turn, one base in memory."""
+    if sampler == "transformers":
+        return Engine(places, tokenizer, max_rows=ROWS)
+    from lib.vllm_engine import VllmEngine
+
+    return VllmEngine(places, tokenizer, context=context, max_rows=ROWS, memory_share=SAMPLER_MEMORY)
+
+
 def evaluate_one(engine, place, folder, *, problems, how, said):
     """Evaluate one model into its folder, or go on with that; nothing is done where it is finished."""
     adapter = place.adapter and hash_input(place.adapter / "adapter_model.safetensors")
@@ -153,6 +165,7 @@ def report(jobs, theirs, grader):
 
 def main():
     # Cheap failures first: nothing is loaded before names, data and gold answers are known to be good.
+    sampler = choose_engines("peft", SAMPLER).sampler
     place = locate_model(MODEL)
     folder = Path(OUTPUT or Path("evaluations") / f"{find_path(MODEL).name}-{Path(DATA).stem}").expanduser()
     jobs, theirs = list_jobs(place, folder)
@@ -162,7 +175,9 @@ def main():
         how, said = choose_how(place, grader, tokenizer)
         heat = f"temperature {how['params'].temperature:g}"
         print(f"{MODEL}: {len(problems)} problems x {how['samples']} samples at {heat}")
-        engine = Engine([one for _, _, one in jobs], tokenizer, max_rows=ROWS)
+        said |= {} if sampler == "transformers" else {"sampler": sampler}
+        context = longest_prompt(problems, how["ask"]) + how["params"].max_new_tokens
+        engine = open_engine([one for _, _, one in jobs], tokenizer, sampler=sampler, context=context)
         for path, _, one in jobs:
             evaluate_one(engine, one, path, problems=problems, how=how, said=said)
         report(jobs, theirs, grader)

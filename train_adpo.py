@@ -19,19 +19,23 @@ from functools import partial
 
 import torch
 
+from lib.agreement import compare, probe_sampler
 from lib.anchors import Anchor, explain_flat_loss, measure_distance
-from lib.batches import Steps, drop_long_prompts, load_problems
+from lib.batches import Steps, drop_long_prompts, load_problems, longest_prompt
 from lib.draws import SamplingParams
+from lib.engines import choose_engines, load_policy, open_sampler
 from lib.evaluation import EVAL_TEMPERATURE, evaluate_problems, save_evaluation, summarise_groups
 from lib.grading import Grader
 from lib.losses import adpo, anchor_kl, mask_tokens, sequence_logprob
-from lib.models import load_tokenizer, load_trainable, locate_model
-from lib.policy import Policy, find_optimizer, learning_rate_at
+from lib.memory import Workload
+from lib.models import load_tokenizer, locate_model
+from lib.policy import learning_rate_at
+from lib.preflight import look_ahead, print_preflight, probe_learning
 from lib.prompts import encode_prompt
-from lib.report import StepClock, StepLines, average_metrics, measure_agreement, measure_groups, print_result
+from lib.report import StepClock, StepLines, average_metrics, measure_groups, print_result
 from lib.rewards import grade_groups, parse_rewards, score_groups
 from lib.runlog import RunLog
-from lib.sampler import TransformersSampler, keep_advantages
+from lib.sampler import keep_advantages
 from lib.settings import current_settings, run_script
 
 # --- what is trained, on what, and where it goes
@@ -40,6 +44,7 @@ TRAIN_DATA = "data/tiny/train.jsonl"  # problems: .jsonl or .parquet file, or a 
 VALID_DATA = "data/tiny/valid.jsonl"  # problems that choose checkpoints/best
 TEST_DATA = "data/tiny/test.jsonl"  # problems of the table at the end
 OUTPUT_DIR = "runs/adpo"  # run folder; started again on the same one, a run continues
+PREFLIGHT = False  # only ask whether this run will fit and learn: exit code 0 if so, nothing is written
 FRESH = False  # start over in OUTPUT_DIR: deletes what an earlier run wrote there
 SEED = 1  # adapter, problem order and every sampled token are functions of it
 
@@ -84,11 +89,45 @@ MAX_NEW_TOKENS = 64  # >= 1, tokens per completion
 EVAL_SAMPLES = 10  # >= 1, answers per problem in evaluations, sampled as evaluate.py does
 
 # --- how it runs
+ENGINE = "auto"  # auto | unsloth | peft: what trains; auto is unsloth on a card where it is installed
+SAMPLER = "auto"  # auto | vllm | transformers: what samples; auto is vllm on a card where it is installed
+SAMPLER_MEMORY = 0.5  # > 0 and < 1, share of the card for vLLM: weights and cache
+AGREEMENT: float | None = None  # > 0, sampler and policy may differ so much [nat]; none: 1e-4, bf16 0.03
+LOAD_IN_4BIT = False  # hold the base in 4 bits, by bitsandbytes
 TOKENS_PER_MICROBATCH = 16384  # >= 1, padded tokens in one forward: memory against speed
 GRADIENT_CHECKPOINTING = False  # recompute activations in backward: less memory, a third more time
 SAVE_EVERY = 10  # >= 1, steps between checkpoints
 EVAL_EVERY = 20  # >= 1, steps between evaluations on VALID_DATA
 REPORT_TO = "tensorboard"  # tensorboard | wandb | trackio | none
+
+
+def describe_work(engines, place, prompt_tokens):
+    """What this run asks of the machine."""
+    lora = {"lora_rank": LORA_RANK, "lora_targets": LORA_TARGETS}
+    how = {"optimizer": OPTIMIZER, "gradient_checkpointing": GRADIENT_CHECKPOINTING}
+    how |= {"load_in_4bit": LOAD_IN_4BIT, "adapter": place.adapter}
+    how["sampler_memory"] = SAMPLER_MEMORY if engines.sampler == "vllm" else None
+    return Workload(TOKENS_PER_MICROBATCH, prompt_tokens + MAX_NEW_TOKENS, GROUP_SIZE, **lora, **how)
+
+
+def start(engines, place, tokenizer, *, work, max_rows):
+    """The policy with its optimizer, and a sampler that has been seen to follow it."""
+    policy = load_policy(engines, place, tokenizer, work=work, alpha=LORA_ALPHA, seed=SEED)
+    policy.start_optimizer(OPTIMIZER, weight_decay=WEIGHT_DECAY)
+    sampler = open_sampler(engines, policy, place, work=work, max_rows=max_rows)
+    probe_learning(policy, work, only_on_card=not PREFLIGHT)
+    prompt = encode_prompt(tokenizer, "What is 1 + 1?", style=PROMPT, thinking=THINKING)
+    probe_sampler(policy, sampler, prompt, tolerance=AGREEMENT)
+    return policy, sampler
+
+
+def rehearse(policy, sampler, problems, *, ask, grade, score, work):
+    """Sample and score a few problems as a step would, say what to change, and end: with 0 if nothing is."""
+    prompts = [ask(problem.problem) for problem in problems]
+    params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
+    groups = sampler.sample(problems, prompts, params, group_size=GROUP_SIZE, seed=SEED, step=1)
+    score(grade(groups))
+    raise SystemExit(print_preflight(policy, sampler, groups, work=work, style=PROMPT, thinking=THINKING))
 
 
 def push(groups, scored, anchor_NT):
@@ -117,9 +156,10 @@ def push(groups, scored, anchor_NT):
 
 def main():
     # Everything a run needs is read and checked before the model is loaded, cheap failures first.
+    engines = choose_engines(ENGINE, SAMPLER)
     grader = Grader()
-    rewards = parse_rewards(REWARDS, style=PROMPT, grader=grader)
-    find_optimizer(OPTIMIZER)
+    grade = partial(grade_groups, style=PROMPT, grader=grader)
+    score = partial(score_groups, parse_rewards(REWARDS, style=PROMPT, grader=grader))
     place = locate_model(MODEL)
     train, valid, test = (load_problems(path, grader=grader) for path in (TRAIN_DATA, VALID_DATA, TEST_DATA))
     tokenizer = load_tokenizer(place)
@@ -127,21 +167,21 @@ def main():
     train = drop_long_prompts(train, ask, limit=MAX_PROMPT_TOKENS)
     batches = Steps(train, {None: PROBLEMS_PER_STEP}, seed=SEED)
     total = min(MAX_STEPS or math.inf, EPOCHS * batches.epoch_steps)
-    settings, data = current_settings(main), (TRAIN_DATA, VALID_DATA, TEST_DATA, MODEL)
-    run = RunLog(OUTPUT_DIR, "train_adpo.py", settings, inputs=data, fresh=FRESH, report_to=REPORT_TO)
-    if run.finished:
+    work = describe_work(engines, place, max(MAX_PROMPT_TOKENS, longest_prompt(valid + test, ask)))
+    ledger = look_ahead(place, work, full=PREFLIGHT, engines=engines.packages)
+    logged = {"fresh": FRESH, "report_to": REPORT_TO, "inputs": (TRAIN_DATA, VALID_DATA, TEST_DATA, MODEL)}
+    run = None if PREFLIGHT else RunLog(OUTPUT_DIR, "train_adpo.py", current_settings(main), **logged)
+    if run and run.finished:
         return print_result(run.folder)
-    model = load_trainable(place, LORA_TARGETS, rank=LORA_RANK, alpha=LORA_ALPHA, seed=SEED)
-    policy = Policy(model, tokenizer, TOKENS_PER_MICROBATCH, gradient_checkpointing=GRADIENT_CHECKPOINTING)
-    policy.start_optimizer(OPTIMIZER, weight_decay=WEIGHT_DECAY)
+    policy, sampler = start(engines, place, tokenizer, work=work, max_rows=ledger.sampled_rows)
+    if PREFLIGHT:
+        return rehearse(policy, sampler, batches[0][:2], ask=ask, grade=grade, score=score, work=work)
     anchor = Anchor(policy, ANCHOR, from_adapter=place.adapter, decay=EMA_DECAY, threshold=DRIFT_THRESHOLD)
     run.restore(policy, anchor=anchor)
     schedule = {"peak": LEARNING_RATE, "schedule": LR_SCHEDULE, "warmup": WARMUP}
-    sampler = TransformersSampler(model, tokenizer)
     params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
     eval_params = SamplingParams(temperature=EVAL_TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
     sampling = {"prompt": PROMPT, "thinking": THINKING} | vars(eval_params)
-    grade = partial(grade_groups, style=PROMPT, grader=grader)
     how = {"ask": ask, "samples": EVAL_SAMPLES, "params": eval_params, "grade": grade, "seed": SEED}
     evaluate = partial(evaluate_problems, sampler, **how)
     if run.start == 0:
@@ -160,7 +200,7 @@ def main():
             clock.lap("sample")
 
             # 3. Score every completion.
-            score_groups(rewards, grade(groups))
+            score(grade(groups))
             clock.lap("score")
 
             updates = []
@@ -171,7 +211,7 @@ def main():
                 measured = push(groups, scored, anchor.logprobs(groups, scored))
                 # 5. Back-propagate the push through the model, take an optimizer step, and move the anchor.
                 policy.backward(scored)
-                measured |= {} if updates else measure_agreement(groups, scored)
+                measured |= {} if updates else compare(groups, scored, tolerance=AGREEMENT)
                 rate = learning_rate_at(update, total * UPDATES_PER_BATCH, **schedule)
                 grad_norm = policy.step(rate, max_grad_norm=MAX_GRAD_NORM)
                 anchor.follow(measured["adpo/token_drift"], stepped=math.isfinite(grad_norm))

@@ -20,20 +20,22 @@ from math import inf, nan
 
 import torch
 
-from lib.batches import Steps, drop_long_prompts, load_problems
+from lib.agreement import compare, probe_sampler
+from lib.batches import Steps, drop_long_prompts, load_problems, longest_prompt
 from lib.draws import SamplingParams
+from lib.engines import choose_engines, load_policy, open_sampler
 from lib.evaluation import EVAL_TEMPERATURE, evaluate_problems, save_evaluation, summarise_groups
 from lib.grading import Grader
 from lib.losses import count_silent_groups, grdpo, sequence_logprob
 from lib.memory import Workload
-from lib.models import load_tokenizer, load_trainable, locate_model
-from lib.policy import Policy, find_optimizer, learning_rate_at
+from lib.models import load_tokenizer, locate_model
+from lib.policy import learning_rate_at
 from lib.preflight import look_ahead, print_preflight, probe_learning
 from lib.prompts import encode_prompt
-from lib.report import StepClock, StepLines, measure_agreement, measure_groups, print_result
+from lib.report import StepClock, StepLines, measure_groups, print_result
 from lib.rewards import grade_groups, parse_rewards, score_groups
 from lib.runlog import RunLog
-from lib.sampler import TransformersSampler, keep_advantages
+from lib.sampler import keep_advantages
 from lib.settings import current_settings, run_script
 
 # --- what is trained, on what, and where it goes
@@ -81,6 +83,11 @@ MAX_NEW_TOKENS = 64  # >= 1, tokens per completion
 EVAL_SAMPLES = 10  # >= 1, answers per problem in evaluations, sampled as evaluate.py does
 
 # --- how it runs
+ENGINE = "auto"  # auto | unsloth | peft: what trains; auto is unsloth on a card where it is installed
+SAMPLER = "auto"  # auto | vllm | transformers: what samples; auto is vllm on a card where it is installed
+SAMPLER_MEMORY = 0.5  # > 0 and < 1, share of the card for vLLM: weights and cache
+AGREEMENT: float | None = None  # > 0, sampler and policy may differ so much [nat]; none: 1e-4, bf16 0.03
+LOAD_IN_4BIT = False  # hold the base in 4 bits, by bitsandbytes
 TOKENS_PER_MICROBATCH = 16384  # >= 1, padded tokens in one forward: memory against speed
 GRADIENT_CHECKPOINTING = False  # recompute activations in backward: less memory, a third more time
 SAVE_EVERY = 10  # >= 1, steps between checkpoints
@@ -88,37 +95,41 @@ EVAL_EVERY = 20  # >= 1, steps between evaluations on VALID_DATA
 REPORT_TO = "tensorboard"  # tensorboard | wandb | trackio | none
 
 
-def describe_work(adapter=None):
-    """What this run does, as far as memory is concerned; `adapter` is one to train on."""
+def describe_work(engines, place, prompt_tokens):
+    """What this run asks of the machine."""
     lora = {"lora_rank": LORA_RANK, "lora_targets": LORA_TARGETS, "modules_to_save": MODULES_TO_SAVE}
-    how = {"optimizer": OPTIMIZER, "gradient_checkpointing": GRADIENT_CHECKPOINTING, "adapter": adapter}
-    return Workload(TOKENS_PER_MICROBATCH, MAX_PROMPT_TOKENS + MAX_NEW_TOKENS, GROUP_SIZE, **lora, **how)
+    how = {"optimizer": OPTIMIZER, "gradient_checkpointing": GRADIENT_CHECKPOINTING}
+    how |= {"load_in_4bit": LOAD_IN_4BIT, "adapter": place.adapter}
+    how["sampler_memory"] = SAMPLER_MEMORY if engines.sampler == "vllm" else None
+    return Workload(TOKENS_PER_MICROBATCH, prompt_tokens + MAX_NEW_TOKENS, GROUP_SIZE, **lora, **how)
 
 
-def start_policy(place, tokenizer, ledger):
-    """The policy to train, with its optimizer, and the sampler that asks it."""
-    model = load_trainable(place, LORA_TARGETS, MODULES_TO_SAVE, rank=LORA_RANK, alpha=LORA_ALPHA, seed=SEED)
-    policy = Policy(model, tokenizer, TOKENS_PER_MICROBATCH, gradient_checkpointing=GRADIENT_CHECKPOINTING)
+def start(engines, place, tokenizer, *, work, max_rows):
+    """The policy with its optimizer, and a sampler that has been seen to follow it."""
+    policy = load_policy(engines, place, tokenizer, work=work, alpha=LORA_ALPHA, seed=SEED)
     policy.start_optimizer(OPTIMIZER, weight_decay=WEIGHT_DECAY)
-    probe_learning(policy, describe_work(), only_on_card=not PREFLIGHT)
-    return policy, TransformersSampler(model, tokenizer, max_rows=ledger.sampled_rows)
+    sampler = open_sampler(engines, policy, place, work=work, max_rows=max_rows)
+    probe_learning(policy, work, only_on_card=not PREFLIGHT)
+    prompt = encode_prompt(tokenizer, "What is 1 + 1?", style=PROMPT, thinking=THINKING)
+    probe_sampler(policy, sampler, prompt, tolerance=AGREEMENT)
+    return policy, sampler
 
 
-def rehearse(learner, problems, ask, *, grade, rewards):
-    """Sample and score problems as a step would, say what is to be changed, and end: 0 if nothing is."""
+def rehearse(policy, sampler, problems, *, ask, grade, score, work):
+    """Sample and score a few problems as a step would, say what to change, and end: with 0 if nothing is."""
+    prompts = [ask(problem.problem) for problem in problems]
     params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
-    prompts = [ask(problem.problem) for problem in problems[:2]]
-    groups = learner[1].sample(problems[:2], prompts, params, group_size=GROUP_SIZE, seed=SEED, step=0)
-    score_groups(rewards, grade(groups))
-    how = {"work": describe_work(), "style": PROMPT, "thinking": THINKING}
-    raise SystemExit(print_preflight(*learner, groups, **how))
+    groups = sampler.sample(problems, prompts, params, group_size=GROUP_SIZE, seed=SEED, step=1)
+    score(grade(groups))
+    raise SystemExit(print_preflight(policy, sampler, groups, work=work, style=PROMPT, thinking=THINKING))
 
 
 def main():
     # Everything a run needs is read and checked before the model is loaded, cheap failures first.
+    engines = choose_engines(ENGINE, SAMPLER)
     grader = Grader()
-    rewards = parse_rewards(REWARDS, style=PROMPT, grader=grader)
-    find_optimizer(OPTIMIZER)
+    grade = partial(grade_groups, style=PROMPT, grader=grader)
+    score = partial(score_groups, parse_rewards(REWARDS, style=PROMPT, grader=grader))
     place = locate_model(MODEL)
     train, valid, test = (load_problems(path, grader=grader) for path in (TRAIN_DATA, VALID_DATA, TEST_DATA))
     tokenizer = load_tokenizer(place)
@@ -127,16 +138,15 @@ def main():
     counts = {"easy": EASY, "medium": MEDIUM, "hard": HARD} if train[0].tier else {None: PROBLEMS_PER_STEP}
     batches = Steps(train, counts, seed=SEED)
     total = min(MAX_STEPS or inf, EPOCHS * batches.epoch_steps)
-    ledger = look_ahead(place, describe_work(place.adapter), full=PREFLIGHT)
-    grade = partial(grade_groups, style=PROMPT, grader=grader)
-    if PREFLIGHT:
-        return rehearse(start_policy(place, tokenizer, ledger), batches[0], ask, grade=grade, rewards=rewards)
-    settings, data = current_settings(main), (TRAIN_DATA, VALID_DATA, TEST_DATA, MODEL)
-    run = RunLog(OUTPUT_DIR, "train_grdpo.py", settings, inputs=data, fresh=FRESH, report_to=REPORT_TO)
-    if run.finished:
+    work = describe_work(engines, place, max(MAX_PROMPT_TOKENS, longest_prompt(valid + test, ask)))
+    ledger = look_ahead(place, work, full=PREFLIGHT, engines=engines.packages)
+    logged = {"fresh": FRESH, "report_to": REPORT_TO, "inputs": (TRAIN_DATA, VALID_DATA, TEST_DATA, MODEL)}
+    run = None if PREFLIGHT else RunLog(OUTPUT_DIR, "train_grdpo.py", current_settings(main), **logged)
+    if run and run.finished:
         return print_result(run.folder)
-
-    policy, sampler = start_policy(place, tokenizer, ledger)
+    policy, sampler = start(engines, place, tokenizer, work=work, max_rows=ledger.sampled_rows)
+    if PREFLIGHT:
+        return rehearse(policy, sampler, batches[0][:2], ask=ask, grade=grade, score=score, work=work)
     run.restore(policy)
     params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
     eval_params = SamplingParams(temperature=EVAL_TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
@@ -159,7 +169,7 @@ def main():
             clock.lap("sample")
 
             # 3. Score every completion.
-            score_groups(rewards, grade(groups))
+            score(grade(groups))
             reward_PG = torch.tensor([group.reward for group in groups], device=policy.device)
             clock.lap("score")
 
@@ -181,7 +191,7 @@ def main():
             # 6. Log and save.
             metrics = {"loss": loss.item(), "grad_norm": grad_norm, "learning_rate": rate}
             metrics["batch/groups_without_pairs"] = count_silent_groups(reward_PG, **which)
-            metrics |= measure_groups(groups) | measure_agreement(groups, scored)
+            metrics |= measure_groups(groups) | compare(groups, scored, tolerance=AGREEMENT)
             if evaluating := step % EVAL_EVERY == 0 or step == total:
                 metrics |= run.keep_best(step, summarise_groups(evaluate(valid)))
             metrics |= clock.metrics() | policy.memory_metrics()

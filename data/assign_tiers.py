@@ -22,7 +22,7 @@ from statistics import fmean
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-from preparing import write_problems  # noqa: E402
+from preparing import find_seen, write_problems  # noqa: E402
 
 from lib.batches import TIERS, load_problems  # noqa: E402
 from lib.checkpoints import write_json  # noqa: E402
@@ -36,6 +36,7 @@ from lib.settings import UserError, current_settings, find_path, run_script  # n
 DATA: str | None = None  # problems; none takes those of the saved answers, else data/tiny/train.jsonl
 SMALL = "data/tiny-qwen3"  # model, adapter or run folder, hub id, or saved answers
 LARGE = "data/tiny-qwen3"  # the same, of the abler model
+AGAINST: str | None = None  # test problems: whatever stands there, too, is dropped
 
 # --- the test
 SAMPLES = 10  # >= 1, answers per problem and model
@@ -91,6 +92,14 @@ def classify(small, large, *, min_right):
     return "medium" if sum(large) >= min_right else "hard"
 
 
+def drop_seen(items, text_of):
+    """(those that are not in AGAINST, {text: where it was seen} of the others)."""
+    texts = [text_of(item) for item in items]
+    seen = find_seen(texts, AGAINST)
+    left = [item for index, item in enumerate(items) if index not in seen]
+    return left, {texts[index]: reason for index, reason in seen.items()}
+
+
 def write_result(rows, meta, output):
     """Write the problems and their .meta.json, and print how many are in each tier."""
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +110,8 @@ def write_result(rows, meta, output):
     for side in ("small", "large"):
         rate = fmean(row[f"{side}_pass_rate"] for row in rows)
         print(f"  {side} model: {rate:.3f} of its answers are right")
-    if meta["dropped"]:
-        print(f"  dropped {meta['dropped']} problems that only one side has answers to")
+    for reason, count in meta["dropped"].items():
+        print(f"  dropped {count} problems: {reason}")
 
 
 def main():
@@ -114,6 +123,7 @@ def main():
     with Grader() as grader:
         data = DATA or (None if all(saved) else "data/tiny/train.jsonl")
         problems = load_problems(data, grader=grader) if data else []
+        problems, dropped = drop_seen(problems, lambda one: one.problem)
         for name, path, is_saved in zip(("small", "large"), (SMALL, LARGE), saved, strict=True):
             if not is_saved:
                 folder = output.with_name(output.stem + "_answers") / name
@@ -123,6 +133,8 @@ def main():
             sides.append(grade_groups(answered, style=style, grader=grader))
     small, large = sides
     pairs, rows, known = pair_up(small, large), [], {one.problem: one for one in problems}
+    one_sided = len(small) + len(large) - 2 * len(pairs)
+    pairs, more = drop_seen(pairs, lambda pair: small[pair[0]].problem.problem)
     for i, j in pairs:
         problem = known.get(small[i].problem.problem, small[i].problem)
         right = [
@@ -134,9 +146,12 @@ def main():
         row |= {"small_pass_rate": fmean(right[0]), "large_pass_rate": fmean(right[1])}
         rows.append(problem.columns | row)
     if not rows:
-        raise UserError("the two sides have no problem in common")
+        raise UserError(
+            "the two sides have no problem in common" + ", or all are in --against" * bool(AGAINST)
+        )
     meta = {"source": [SMALL, LARGE], "revision": None, "settings": current_settings(main)}
-    write_result(rows, meta | {"dropped": len(small) + len(large) - 2 * len(pairs)}, output)
+    reasons = Counter((dropped | more).values()) + Counter({"only one side has answers to it": one_sided})
+    write_result(rows, meta | {"dropped": reasons}, output)
 
 
 if __name__ == "__main__":

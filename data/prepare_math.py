@@ -16,9 +16,9 @@ from lib.prompts import extract_answer  # noqa: E402
 from lib.settings import run_script  # noqa: E402
 
 # --- what is read
-SOURCE = "DigitalLearningGmbH/MATH-lighteval"  # hub id, or a .parquet or .jsonl file of the same columns
+SOURCE = "DigitalLearningGmbH/MATH-lighteval"  # hub id, or .parquet or .jsonl of its or verl's columns
 SPLIT = "train"  # train | test: of the hub data set
-LEVELS = "3 4 5"  # which of 1 to 5, separated by blanks
+LEVELS = "3 4 5"  # which of 1 to 5, separated by blanks; empty takes all, those without a level too
 REVISION: str | None = None  # commit or branch of the hub data set; none is its newest
 AGAINST: str | None = None  # test problems: whatever stands there, too, is dropped
 
@@ -32,15 +32,20 @@ FORMAT = "jsonl"  # jsonl | verl-parquet
 
 def convert(row):
     """A problem from one row, or why not."""
-    if not row.get("problem") or not row.get("solution"):
+    if not row.get("problem") or not (row.get("solution") or row.get("answer")):
         return None, "problem or solution is missing"
-    level = re.search(r"\d", str(row.get("level") or ""))
-    if level is None or level.group() not in LEVELS.split():
-        return None, f"level {level.group() if level else 'unknown'}"
-    answer = extract_answer(row["solution"], "boxed")
+    extra = row.get("extra_info") or {}  # where verl's rows have what else is known
+    found = re.search(r"\d", str(row.get("level") or extra.get("level") or ""))
+    level = found and found.group()
+    if LEVELS and level not in LEVELS.split():
+        return None, f"level {level or 'unknown'}"
+    answer = row.get("answer") or extract_answer(
+        row["solution"], "boxed"
+    )  # verl's rows have the answer alone
     if answer is None:
         return None, "no box in the solution"
-    kind = {"level": int(level.group()), "type": row.get("type") or ""}
+    kind = {"level": int(level)} if level else {}
+    kind["type"] = row.get("type") or extra.get("type") or ""
     return {"problem": row["problem"], "answer": answer, "source": "math"} | kind, None
 
 

@@ -6,22 +6,32 @@ A script says how one row of its data set becomes a problem (`convert`); `prepar
     2. convert each; drop what cannot be used, duplicates, and what stands in the file AGAINST, too
     3. drop gold answers that math-verify cannot read; verdicts are kept on the way, so that it resumes
     4. cut train and validation rows from what is left, write them, and a .meta.json beside each
+
+A local file is read to its end, and the report counts all of it. A hub data set is streamed, and no further
+than the rows asked for need: DAPO's has every problem a hundred times.
 """
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
 
-from lib.batches import load_problems
+from lib.batches import iterate_hub, load_problems
 from lib.checkpoints import write_file, write_json, write_parquet
 from lib.contamination import find_contaminated, normalise_text
 from lib.grading import Grader
 from lib.settings import UserError, find_path
 
-CHUNK = 500  # gold answers checked between two saves
+CHUNK = 500  # rows whose gold answers are checked between two saves
+# verl's own scripts append these to the problem; here the prompt is chosen when training.
+_VERL_TAIL = re.compile(
+    r"\s*Let's think step by step and output the final answer (within \\boxed\{\}|after \"####\")\.\s*$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +71,7 @@ def prepare(plan, convert):
     if strangers:
         raise UserError(f"{strangers[0]} was not written by a prepare script: choose another --output")
     kept, dropped, total = _select(plan, convert, folder)
+    reasons = Counter(reason for _, reason in dropped)
     parts = {name: kept[part] for name, part in ranges.items()}
     texts = {name: [row["problem"] for row in rows] for name, rows in parts.items()}
     overlap = (
@@ -68,9 +79,12 @@ def prepare(plan, convert):
     )
     for name, rows in parts.items():
         if not rows:
-            raise UserError(f"{name} rows {plan.splits[name]}: there are only {len(kept)} problems")
+            why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+            raise UserError(
+                f"{name} rows {plan.splits[name] or ':'}: there are only {len(kept)} problems in {total} rows"
+                + f" (dropped: {why})" * bool(why)
+            )
         write_problems(paths[name], rows, split=name, verl=suffix == "parquet")
-        reasons = Counter(reason for _, reason in dropped)
         meta = {"source": plan.source, "revision": plan.revision, "settings": said, "rows_read": total}
         meta |= {"kept": len(kept), "dropped": dict(reasons), "dropped_rows": dropped[:1000]}
         meta |= {"split": name, "problems": len(rows), "valid_problems_in_train": overlap}
@@ -83,60 +97,81 @@ def prepare(plan, convert):
 def _select(plan, convert, folder):
     """(problems kept, [(row number from 1, reason)], rows read)."""
     kept, dropped, seen, ids, number = [], [], {}, {}, 0
-    for number, row in enumerate(iterate_rows(plan), start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{plan.source}, row {number}: not a JSON object")
-        problem, reason = convert(_open_verl(row))
-        if problem and (not str(problem["problem"]).strip() or not str(problem["answer"]).strip()):
-            problem, reason = None, "problem or answer is empty"
-        if problem:
-            first = seen.setdefault(normalise_text(problem["problem"]), number)
-            problem, reason = (problem, None) if first == number else (None, "duplicate")
-        if problem:
-            if (
-                problem.get("id") is None or problem["id"] in ids
-            ):  # the data set's own ids where they are unique
-                problem = problem | {"id": f"row{number}"}
-            ids[problem["id"]] = number
-            kept.append((number, problem))
-        else:
-            dropped.append((number, reason))
-    unreadable = set(_find_unreadable([row["answer"] for _, row in kept], folder / "checked.jsonl"))
-    seen_in_test = {}
-    if plan.against:
-        test = [problem.problem for problem in load_problems(plan.against)]
-        found = find_contaminated(test, [row["problem"] for _, row in kept])
-        seen_in_test = {index: f"in {Path(plan.against).name}, by {how}" for index, _, how in found}
-    left = []
-    for index, (row_number, row) in enumerate(kept):
-        if index in unreadable:
-            dropped.append((row_number, "math-verify cannot read the answer"))
-        elif index in seen_in_test:
-            dropped.append((row_number, seen_in_test[index]))
-        else:
-            left.append(row)
-    return left, sorted(dropped), number
+    wanted = _count_wanted(plan)
+    rows = enumerate(iterate_rows(plan), start=1)
+    with Grader() as grader, open(folder / "checked.jsonl", "a+") as file:
+        known = _read_verdicts(file)
+        while len(kept) < wanted and (chunk := list(itertools.islice(rows, CHUNK))):
+            new = []
+            for number, row in chunk:
+                if not isinstance(row, dict):
+                    raise UserError(f"{plan.source}, row {number}: not a JSON object")
+                problem, reason = _convert_row(row, convert)
+                if problem and seen.setdefault(normalise_text(problem["problem"]), number) != number:
+                    problem, reason = None, "duplicate"
+                if not problem:
+                    dropped.append((number, reason))
+                    continue
+                if problem.get("id") is None or problem["id"] in ids:  # its own id where that is unique
+                    problem = problem | {"id": f"row{number}"}
+                ids[problem["id"]] = number
+                new.append((number, problem))
+            _check_answers([problem["answer"] for _, problem in new], known, grader=grader, file=file)
+            in_test = find_seen([problem["problem"] for _, problem in new], plan.against)
+            for index, (row_number, problem) in enumerate(new):
+                reason = None if known[problem["answer"]] else "math-verify cannot read the answer"
+                reason = reason or in_test.get(index)
+                kept += [] if reason else [problem]
+                dropped += [(row_number, reason)] if reason else []
+    return kept, sorted(dropped), number
 
 
-def _find_unreadable(answers, path):
-    """Indices of answers that math-verify cannot read; verdicts from before a kill are in `path`."""
-    known = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+def _count_wanted(plan):
+    """How many problems are enough: of a hub data set those up to the end of the last range."""
+    ends = [_read_range(text).stop for text in plan.splits.values() if text != ""]
+    return math.inf if find_path(plan.source).is_file() or None in ends else max(ends, default=0)
+
+
+def _convert_row(row, convert):
+    problem, reason = convert(_open_verl(row))
+    if problem and not (str(problem["problem"]).strip() and str(problem["answer"]).strip()):
+        return None, "problem or answer is empty"
+    return problem, reason
+
+
+def find_seen(texts, against):
+    """{index: "in FILE, by text"} of the problems that stand in the file of test problems, too."""
+    if not against or not texts:
+        return {}
+    found = find_contaminated([problem.problem for problem in _load_test(against)], texts)
+    return {index: f"in {Path(against).name}, by {how}" for index, _, how in found}
+
+
+_load_test = functools.lru_cache(maxsize=1)(load_problems)
+
+
+def _read_verdicts(file):
+    """{gold answer: can it be read?} from before a kill; the file is left ready for more."""
+    file.seek(0)
+    text, known = file.read(), {}
+    for line in text.splitlines():
         try:
             known |= json.loads(line)
         except json.JSONDecodeError:  # the half line of a kill
             continue
+    file.write("\n" if text and not text.endswith("\n") else "")
+    return known
+
+
+def _check_answers(answers, known, *, grader, file):
+    """Add to `known` which answers math-verify can read, and write that down."""
     todo = [answer for answer in dict.fromkeys(answers) if answer not in known]
-    with Grader() as grader, open(path, "a") as file:
-        file.write("\n" if path.stat().st_size else "")
-        for start in range(0, len(todo), CHUNK):
-            chunk = todo[start : start + CHUNK]
-            bad = set(grader.find_unparsable(chunk))
-            found = {answer: index not in bad for index, answer in enumerate(chunk)}
-            file.write(json.dumps(found) + "\n")
-            file.flush()
-            known |= found
-    return [index for index, answer in enumerate(answers) if not known[answer]]
+    if todo:
+        bad = set(grader.find_unparsable(todo))
+        found = {answer: index not in bad for index, answer in enumerate(todo)}
+        file.write(json.dumps(found) + "\n")
+        file.flush()
+        known |= found
 
 
 def iterate_rows(plan):
@@ -154,20 +189,11 @@ def iterate_rows(plan):
                     yield from [json.loads(line)] if line.strip() else []
                 except json.JSONDecodeError as error:
                     raise UserError(f"{file}, row {number}: not a JSON object ({error.msg})") from None
-    elif file.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", plan.source):
-        raise UserError(f"data not found: {file} (a .parquet or .jsonl file, or a hub id)")
+    elif file.exists():
+        raise UserError(f"{file}: rows are read from a .parquet or .jsonl file, or from a hub data set")
     else:
-        import datasets  # takes seconds: only where it is needed
-
-        try:
-            yield from datasets.load_dataset(
-                plan.source, plan.config, split=plan.split, revision=plan.revision, streaming=True
-            )
-        except (OSError, ValueError) as error:  # datasets' own errors derive from these, offline ones too
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"no file {file}, and hub data set {plan.source} did not load: {reason}"
-            ) from None
+        how = {"config": plan.config, "split": plan.split, "revision": plan.revision}
+        yield from iterate_hub(plan.source, file, streaming=True, **how)
 
 
 def _open_verl(row):
@@ -175,7 +201,8 @@ def _open_verl(row):
     if "reward_model" not in row or "problem" in row:
         return row
     asked = [message["content"] for message in row["prompt"] if message["role"] == "user"]
-    return row | {"problem": asked[-1] if asked else "", "answer": row["reward_model"]["ground_truth"]}
+    problem = _VERL_TAIL.sub("", asked[-1]) if asked else ""
+    return row | {"problem": problem, "answer": row["reward_model"]["ground_truth"]}
 
 
 def write_problems(path, rows, *, split, verl):

@@ -98,11 +98,11 @@ class AskPanel:
             min_p = gr.Slider(0, 1, step=0.01, label="min_p", info="0: off")
             seed = gr.Number(label="Seed", precision=0, info="The same seed, the same answer", elem_id="seed")
         with gr.Accordion("System prompt", open=False, elem_id="system_prompt"):
-            self.saved = gr.Dropdown([], value=None, label="Saved ones")
+            self.saved = gr.Dropdown([], value=None, label="Saved ones", elem_id="saved_prompts")
             system = gr.Textbox(label="In use", lines=3, elem_id="system")
             with gr.Row():
                 self.keep = gr.Button("Save", size="sm", min_width=60, elem_id="keep_prompt")
-                self.forget = gr.Button("Remove", size="sm", min_width=60)
+                self.forget = gr.Button("Remove", size="sm", min_width=60, elem_id="forget_prompt")
         widgets = (prompt, temperature, tokens, thinking, top_p, top_k, min_p, seed, system)
         self.settings = dict(zip(DEFAULTS, widgets, strict=True))
 

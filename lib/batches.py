@@ -6,15 +6,13 @@ five-column rows are read as they are. Whatever else a row holds reaches the rew
 
 import json
 import random
-import re
 from dataclasses import dataclass, field
 
 import pyarrow.parquet
 
-from lib.settings import UserError, find_path
+from lib.settings import UserError, find_path, is_hub_id
 
 TIERS = ("easy", "medium", "hard")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -71,18 +69,28 @@ def _read_rows(path):
             raise UserError(f"{file} is not a parquet file: {error}") from None
     if file.exists():
         raise UserError(f"{file}: problems are read from .jsonl and .parquet files")
-    if not _HUB_ID.fullmatch(str(path)) or file.suffix in (".jsonl", ".json", ".parquet"):
+    return list(iterate_hub(path, file, streaming=False)), str(path)
+
+
+def iterate_hub(name, file, *, streaming, config=None, split="train", revision=None):
+    """The rows of a hub data set. UserError where it is none, or where it does not load.
+
+    file        where a setting of this name was looked for first, for messages
+    streaming   row after row from the net, nothing kept; else the whole is downloaded once, and kept
+    """
+    if not is_hub_id(name):
         raise UserError(
             f"data not found: {file} (a .jsonl or .parquet file, or a hub id like open-r1/OpenR1-Math-220k)"
         )
     import datasets  # takes seconds: only where it is needed
 
+    how = {"split": split, "revision": revision, "streaming": streaming}
     try:
-        return datasets.load_dataset(str(path), split="train").to_list(), str(path)
+        yield from datasets.load_dataset(str(name), config, **how)
     except (OSError, ValueError) as error:  # datasets' own errors derive from these, offline ones too
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"data not found: no file {file}, and hub data set {path} did not load: {reason}"
+            f"data not found: no file {file}, and hub data set {name} did not load: {reason}"
         ) from None
 
 
@@ -182,6 +190,11 @@ def drop_long_prompts(problems, ask, *, limit):
         dropped = len(problems) - len(kept)
         print(f"dropped {dropped} of {len(problems)} problems: prompts of more than {limit} tokens")
     return kept
+
+
+def longest_prompt(problems, ask):
+    """Tokens of the longest prompt among `problems`; `ask` as in `drop_long_prompts`."""
+    return max(len(ask(problem.problem)) for problem in problems)
 
 
 class Steps:

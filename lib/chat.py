@@ -124,12 +124,16 @@ class Models:
 
 @dataclass
 class Answer:
-    """A completion as it grows; `finish_reason` is stop, length or stopped (by a person), None until then."""
+    """A completion as it grows; `finish_reason` is stop, length or stopped (by a person), None until then.
+
+    opened   the prompt itself ended with <think>, as some chat templates do
+    """
 
     text: str = ""
     tokens: int = 0
     seconds: float = 0.0
     finish_reason: str | None = None
+    opened: bool = False
 
     def record(self, speaker, style):
         """What a conversation remembers of it."""
@@ -140,6 +144,7 @@ class Answer:
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "finish_reason": self.finish_reason,
+            "opened": self.opened,
         }
 
 
@@ -154,7 +159,8 @@ def stream_answers(models, speaker, conversation, *, params, seed, count=1, **pr
     ids = models.encode(speaker, text)
     sampler, attempt = models.sampler, conversation.attempt
     keys = [draw_key(seed, _CHAT_STEP, text, attempt=attempt, member=member) for member in range(count)]
-    answers, rows = [Answer() for _ in keys], [[] for _ in keys]
+    opened = text.rstrip().endswith("<think>")
+    answers, rows = [Answer(opened=opened) for _ in keys], [[] for _ in keys]
     started = shown = time.perf_counter()
     for drawn in models.stream(speaker, ids, keys, params=params):
         now = time.perf_counter()

@@ -91,14 +91,13 @@ def show_text(text):
     return "".join(pieces)
 
 
-def show_answer(message, *, style, verdict="", opened=False):
+def show_answer(message, *, style, verdict=""):
     """An answer as chat messages: its thinking folded away, then what it says, then what was found in it.
 
     message   content, and what else `Answer.record` knows
     verdict   what grading says about it
-    opened    the prompt ended with <think>
     """
-    thinking, rest, over = split_thinking(message["content"], opened=opened)
+    thinking, rest, over = split_thinking(message["content"], opened=bool(message.get("opened")))
     shown, growing = [], message.get("finish_reason", "stop") is None
     if thinking:
         status = "pending" if growing and not over else "done"
@@ -129,20 +128,18 @@ def wrapping(style):
     return html.escape(f"{chosen.opening}…{chosen.closing}")
 
 
-def show_conversation(conversation, *, style, growing=None, opened=False):
+def show_conversation(conversation, *, style, growing=None):
     """A conversation, and the answer in progress where there is one, as chat messages."""
     shown = []
     for message in conversation.messages:
         if message["role"] == "user":
             shown.append({"role": "user", "content": show_text(message["content"])})
         else:
-            shown += show_answer(message, style=style, opened=opened)
-    return shown + (
-        show_answer(vars(growing) | {"content": growing.text}, style=style, opened=opened) if growing else []
-    )
+            shown += show_answer(message, style=style)
+    return shown + (show_answer(vars(growing) | {"content": growing.text}, style=style) if growing else [])
 
 
-def show_samples(answers, grades, *, style, opened=False):
+def show_samples(answers, grades, *, style):
     """Several answers to one question, numbered; with grades (or none) each says whether it is right."""
     shown = []
     for number, answer in enumerate(answers):
@@ -152,9 +149,7 @@ def show_samples(answers, grades, *, style, opened=False):
             verdict = ("✓ right" if grade.correct else "✗ wrong") + (f" · {verdict}" if verdict else "")
             if grade.answer_correct and not grade.correct:
                 verdict = verdict.replace("✗ wrong", "✗ right number, wrong form")
-        shown += show_answer(
-            vars(answer) | {"content": answer.text}, style=style, verdict=verdict, opened=opened
-        )
+        shown += show_answer(vars(answer) | {"content": answer.text}, style=style, verdict=verdict)
     return shown
 
 

@@ -73,7 +73,8 @@ def filter_logits(logits_NV, params, *, seen_NV=None):
         logits_NV = torch.where(seen_NV, scaled_NV, logits_NV)
     if params.temperature == 0:
         return logits_NV
-    logits_NV = logits_NV / params.temperature
+    if params.temperature != 1.0:
+        logits_NV = logits_NV / params.temperature
     if params.min_p > 0:
         log_p_NV = logits_NV - logits_NV.amax(dim=-1, keepdim=True)  # relative to the most likely token
         logits_NV = logits_NV.masked_fill(log_p_NV < torch.tensor(params.min_p).log(), -torch.inf)

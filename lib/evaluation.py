@@ -2,7 +2,7 @@
 
     settings.json       what is evaluated and how; with other settings the folder is refused
     answers.jsonl       one line per batch while it runs, written and synced before the next one begins
-    responses.parquet   the answers: verl's columns, `responses`, token counts, finish reasons
+    responses.parquet   the answers: verl's columns, `responses`, token counts, finish reasons, verdicts
     summary.json        the numbers; its presence says that the evaluation is finished
 
 Every draw is a function of the seed and the problem, and a batch is kept whole or not at all: killed at any
@@ -101,6 +101,7 @@ def save_evaluation(folder, groups, *, style):
             "responses": group.completions,
             "response_tokens": [len(ids) for ids in group.completion_ids],
             "finish_reasons": group.finish_reasons,
+            "correct": [grade.correct for grade in group.grades],
         }
         for group in groups
     ]

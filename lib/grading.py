@@ -137,12 +137,15 @@ class Grader:
             if self._threads:
                 self._threads.shutdown()
                 self._threads = None
+        ending = []
         while idle is not None and not idle.empty():
-            supervisor = idle.get()
-            if supervisor is not None:
-                supervisor.stdin.close()
-                supervisor.wait()
-                supervisor.stdout.close()
+            ending.append(idle.get())
+        ending = [supervisor for supervisor in ending if supervisor is not None]
+        for supervisor in ending:  # all of them first: they end at the same time
+            supervisor.stdin.close()
+        for supervisor in ending:
+            supervisor.wait()
+            supervisor.stdout.close()
 
     def __enter__(self):
         return self
@@ -163,17 +166,29 @@ class Grader:
         with self._lock:
             return self._cache.get((gold, answer))
 
-    def _ask_all(self, pairs):
-        if not pairs:
-            return []
+    def start(self):
+        """Start the worker processes now: they import math-verify while the caller reads its files."""
+        if self._judge != "string":
+            self._open_threads(self._start_supervisor)
+        return self
+
+    def _open_threads(self, make_supervisor=lambda: None):
         with self._lock:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="grader")
                 self._idle = SimpleQueue()
                 for _ in range(self._workers):
-                    self._idle.put(None)  # a place for a supervisor that has not been started
-            threads = self._threads
-        return list(threads.map(self._ask, pairs))
+                    self._idle.put(make_supervisor())  # None is a place for one that has not been started
+            return self._threads
+
+    def _start_supervisor(self):
+        words = [sys.executable, str(_WORKER), str(self.seconds), *filter(None, [self._judge])]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def _ask_all(self, pairs):
+        if not pairs:
+            return []
+        return list(self._open_threads().map(self._ask, pairs))
 
     def _ask(self, pair):
         if self._strikes[pair[1]] >= STRIKES and pair[1] is not None:
@@ -182,11 +197,7 @@ class Grader:
         supervisor = idle.get()
         try:
             if supervisor is None or supervisor.poll() is not None:
-                supervisor = subprocess.Popen(
-                    [sys.executable, str(_WORKER), str(self.seconds), *filter(None, [self._judge])],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                )
+                supervisor = self._start_supervisor()
             supervisor.stdin.write(json.dumps(pair).encode() + b"\n")
             supervisor.stdin.flush()
             line = supervisor.stdout.readline()

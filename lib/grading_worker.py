@@ -145,6 +145,7 @@ def supervise(seconds, place="standard"):
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what a library prints must not end up among the replies
     judge = {"standard": _judge, "math_verify": _judge_raw}.get(place) or load_judge(place)
+    _judge("\\frac{1}{2}", "x+1")  # what is imported and built at the first formula: children inherit it, too
     child = _Child(seconds, judge)
     for line in sys.stdin.buffer:
         reply = child.ask(line, seconds)
@@ -157,6 +158,7 @@ def supervise(seconds, place="standard"):
         except BrokenPipeError:  # who asked is gone
             break
     child.kill()
+    os._exit(0)  # taking sympy apart, module by module, takes longer than grading ten answers
 
 
 if __name__ == "__main__":

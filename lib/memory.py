@@ -51,9 +51,7 @@ class Workload:
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
     load_in_4bit: bool = False
-    sampler_memory: float | None = (
-        None  # share of the card for a sampler beside the policy; None: no such one
-    )
+    sampler_memory: float | None = None  # share of the card for a sampler of its own; None: there is none
 
 
 @dataclass(frozen=True)

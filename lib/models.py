@@ -7,9 +7,9 @@ a mistake in a setting should not wait for them.
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lib.settings import UserError, find_path
+from lib.settings import UserError, find_path, is_hub_id
 
 SAMPLING_FILE = "sampling.json"  # prompt style and sampling settings beside an adapter
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def locate_model(path):
         if not any(folder.glob("*.safetensors")):
             raise UserError(f"{folder} has no weights: a *.safetensors file is missing")
         return ModelPlace(str(path) if Path(path).is_dir() else str(folder))
-    if not _HUB_ID.fullmatch(str(path)) or str(path).startswith("."):
+    if not is_hub_id(path):
         raise UserError(
             f"model not found: {folder} (a model, adapter or run folder, or a hub id like Qwen/Qwen3-1.7B)"
         )
@@ -112,24 +111,45 @@ def load_config(place):
         raise UserError(_explain(place.base, error)) from None
 
 
-def load_model(place, *, device=None, dtype=None, trainable=False):
-    """The model at a `ModelPlace`, in evaluation mode; with an adapter it is a PEFT model."""
+def load_model(place, *, device=None, dtype=None, trainable=False, load_in_4bit=False):
+    """The model at a `ModelPlace`, in evaluation mode; with an adapter it is a PEFT model.
+
+    load_in_4bit   hold the base's linear layers in 4 bits (NF4, by bitsandbytes); they compute in `dtype`
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     device = device or choose_device()
+    options = {"dtype": dtype or choose_dtype(device)}
+    if load_in_4bit:
+        options |= {"quantization_config": _quantise(options["dtype"]), "device_map": {"": device}}
     with _quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(place.base, dtype=dtype or choose_dtype(device))
+            model = AutoModelForCausalLM.from_pretrained(place.base, **options)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise UserError(_explain(place.base, error)) from None
-        model.to(device)
+        if not load_in_4bit:
+            model.to(device)
         if place.adapter:
             model = PeftModel.from_pretrained(model, place.adapter, is_trainable=trainable)
     return model.eval()
 
 
-def load_trainable(place, targets, modules_to_save="", *, rank, alpha, seed):
+def _quantise(dtype):
+    """4-bit NF4 with quantised constants (Dettmers et al. 2023, QLoRA); UserError without bitsandbytes."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load-in-4bit: not installed; pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def load_trainable(place, targets, modules_to_save="", *, rank, alpha, seed, load_in_4bit=False):
     """The PEFT model to train: the adapter at `place` where there is one, else the base with a fresh LoRA.
 
     A is drawn from `seed` and B is zero, so that a fresh adapter starts as the base.
@@ -139,7 +159,7 @@ def load_trainable(place, targets, modules_to_save="", *, rank, alpha, seed):
     """
     from peft import LoraConfig, get_peft_model
 
-    model = load_model(place, trainable=True)
+    model = load_model(place, trainable=True, load_in_4bit=load_in_4bit)
     if place.adapter:
         return model
     config = LoraConfig(

@@ -44,6 +44,7 @@ class Scored:
     )  # of the micro-batches whose graph was kept: (row indices, hidden_MH, targets)
     stamp: tuple = field(repr=False)  # mode and version of the weights at the time
     later: bool = False
+    dtype: torch.dtype = torch.float32  # what the model computed in
 
 
 def learning_rate_at(step, total_steps, *, peak, schedule, warmup):
@@ -115,6 +116,11 @@ class Policy:
         return self.causal_lm.device
 
     @property
+    def dtype(self):
+        """What the base computes in."""
+        return self.causal_lm.dtype
+
+    @property
     def token_budget(self):
         return self._budget.tokens
 
@@ -129,7 +135,7 @@ class Policy:
         length_N = torch.tensor([len(ids) for _, ids in rows], device=self.device)
         logp_NT = torch.zeros(len(rows), max(1, int(length_N.max())), device=self.device)
         self.model.train()  # gradient checkpointing is only active in this mode
-        scored = Scored(logp_NT, length_N, rows, [], self._stamp())
+        scored = Scored(logp_NT, length_N, rows, [], self._stamp(), dtype=self.dtype)
         budget = self._budget.tokens
         fits = count_padded(self._budget.plan(rows, range(len(rows))), rows) <= budget
         keep = keep_graph and fits and bool(self.trainable)

@@ -20,7 +20,7 @@ import torch
 
 from lib.memory import GIB, fit_tokens, plan_memory
 from lib.models import choose_device, choose_dtype, load_config
-from lib.policy import peak_memory_gib
+from lib.policy import find_optimizer, peak_memory_gib
 from lib.prompts import find_style, render_prompt
 from lib.settings import UserError
 
@@ -84,8 +84,10 @@ def look_ahead(place, work, *, full=False, engines=()):
     place   a `models.ModelPlace`
     work    a `memory.Workload`
     full    the whole ledger, not its sum
-    UserError for versions that are known to break, and for a model that is too large for the card.
+    UserError for versions that are known to break, for an optimizer that is not installed, and for a model
+    that is too large for the card.
     """
+    find_optimizer(work.optimizer)
     for line in check_versions(engines):
         print(f"note: {line}")
     device = choose_device()

@@ -151,8 +151,8 @@ def _without_echo(completion, style):
     return completion.replace(style.example, "") if style.example in completion else completion
 
 
-def extract_answer(completion, style):
-    """The last answer written in `style`, stripped, or None.
+def extract_answer(completion, style, *, strict=True):
+    """The last answer written in `style`, stripped, or None; not strict, else a box, a tag, or the last line.
 
     Only closed and non-empty answers count, and the prompt's own example, repeated by the model, does not.
 
@@ -163,7 +163,10 @@ def extract_answer(completion, style):
     """
     chosen = find_style(style)
     span = _last_answer_span(_without_echo(completion, chosen), chosen)
-    return span[2] if span else None
+    if span or strict:
+        return span[2] if span else None
+    others = filter(None, (extract_answer(completion, name) for name in ("boxed", "answer_tag")))
+    return next(others, completion.strip().rpartition("\n")[2].strip() or None)
 
 
 def extract_any_answer(completion, style):

@@ -102,17 +102,20 @@ def length_decay(*, completions, completion_ids, prompts, problem, style, start=
     ]
 
 
-def good_accuracy(*, completions, answer, style, grader, ngram_size=4, max_penalty=-0.5, factor=0.1, **_):
+def good_accuracy(
+    *, completions, style, grader, ngram_size=4, max_penalty=-0.5, factor=0.1, strict=True, **columns
+):
     """1 for a right answer; a wrong one earns 0, or less the more it repeats itself.
 
         wrong:  factor * max_penalty * (1 - different n-grams / n-grams)
 
-    n-grams are of `ngram_size` words in lower case. The last answer in the prompt's style counts. ValueError
-    for a gold answer that cannot be read as mathematics: in the source of this reward (wk222/TRL-ADPO, and
-    its verl port) it made every answer right.
+    n-grams are of `ngram_size` words in lower case. The last answer in the prompt's style counts; not strict,
+    as in the source of this reward (wk222/TRL-ADPO, and its verl port), also a box, a tag, or the last line.
+    ValueError for a gold answer that cannot be read as mathematics: there it made every answer right.
     """
-    verdicts = grader.grade([extract_answer(text, style) for text in completions], answer)
-    doubtful = [gold for gold, verdict in zip(answer, verdicts, strict=True) if verdict.unparsed]
+    golds = columns["answer"]
+    verdicts = grader.grade([extract_answer(text, style, strict=strict) for text in completions], golds)
+    doubtful = [gold for gold, verdict in zip(golds, verdicts, strict=True) if verdict.unparsed]
     for index in grader.find_unparsable(doubtful):
         raise ValueError(f"the gold answer {doubtful[index]!r} cannot be read as mathematics")
     return [
@@ -135,7 +138,7 @@ _ADMITTED = {  # what the options of a function must satisfy: in words, and as a
     "good_accuracy": (
         "a whole ngram_size >= 1, max_penalty <= 0 and factor >= 0",
         lambda o: (
-            type(o["ngram_size"]) is int and o["ngram_size"] >= 1 and o["max_penalty"] <= 0 <= o["factor"]
+            type(o["ngram_size"]) is int and o["ngram_size"] >= 1 > 0 >= o["max_penalty"] <= o["factor"]
         ),
     ),
 }
@@ -156,9 +159,7 @@ def parse_rewards(spec, *, style, grader):
         try:
             weight = float(Fraction(match["weight"]))
         except (ValueError, ZeroDivisionError):
-            raise UserError(
-                f"--rewards: {match['weight']!r} is no weight like 1/3: {match.group()!r}"
-            ) from None
+            raise UserError(f"--rewards: {match['weight']!r} is no weight: {match.group()!r}") from None
         if ".py:" in name:
             function, name = _load_function(name, options), name.rpartition(":")[2]
         elif name in BUILT_IN:
@@ -201,10 +202,9 @@ def _check_options(name, options):
     for key, value in options.items():
         if isinstance(value, str) or isinstance(value, bool) != isinstance(defaults[key], bool):
             raise UserError(f"--rewards: {name} cannot take {key}={value}, it is {defaults[key]} by default")
-    values = defaults | options
     admitted, holds = _ADMITTED.get(name, ("", lambda o: True))
-    if not holds(values):
-        found = ", ".join(f"{key}={value}" for key, value in values.items())
+    if not holds(defaults | options):
+        found = ", ".join(f"{key}={value}" for key, value in (defaults | options).items())
         raise UserError(f"--rewards: {name} needs {admitted}, not {found}")
 
 

@@ -39,7 +39,7 @@ def build_run_tab(find, *, seconds):
             label="Runs to draw",
             elem_id="runs",
         )
-        smoothing = gr.Slider(0, 0.99, value=0.6, step=0.01, label="Smoothing")
+        smoothing = gr.Slider(0, 0.99, value=0.6, step=0.01, label="Smoothing", elem_id="smoothing")
         live = gr.Checkbox(True, label="Follow runs in progress", info="Draws again at every new step")
     refresh = gr.Button("Refresh lists", size="sm")
     headline = gr.Markdown(elem_id="run_headline")
@@ -47,8 +47,10 @@ def build_run_tab(find, *, seconds):
         plots = [gr.LinePlot(visible=False, height=260, show_label=False) for _ in range(PLOTS)]
     with gr.Accordion("Settings of a run, and how two differ", open=False, elem_id="settings_section"):
         with gr.Row():
-            mine = gr.Dropdown(list(find()), value=first, label="Settings of")
-            other = gr.Dropdown(["", *find()], value="", label="Only where they differ from")
+            mine = gr.Dropdown(list(find()), value=first, label="Settings of", elem_id="settings_of")
+            other = gr.Dropdown(
+                ["", *find()], value="", label="Only where they differ from", elem_id="differ_from"
+            )
         table = gr.Dataframe(
             headers=["setting", "value"], interactive=False, wrap=True, elem_id="settings_table"
         )

@@ -140,9 +140,9 @@ class TransformersSampler:
 
     def _draw(self, logits_NV, rows, params, *, position):
         """One token per row; ids that the tokenizer does not know are never drawn."""
-        allowed_NV = logits_NV.clone()
-        allowed_NV[:, len(self.tokenizer) :] = -torch.inf
-        token_N = draw_tokens(allowed_NV, params, rows.key_N, position=position, seen_NV=rows.seen_NV)
+        known = len(self.tokenizer)
+        seen_NV = None if rows.seen_NV is None else rows.seen_NV[:, :known]
+        token_N = draw_tokens(logits_NV[:, :known], params, rows.key_N, position=position, seen_NV=seen_NV)
         if rows.seen_NV is not None:
             rows.seen_NV.scatter_(1, token_N[:, None], True)
         return token_N

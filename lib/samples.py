@@ -14,7 +14,6 @@ import pyarrow.parquet
 
 from lib.grading import Grader
 from lib.prompts import PROMPT_STYLES, extract_answer
-from lib.rewards import grade_completions
 from lib.runs import read_settings_of
 from lib.settings import UserError
 
@@ -146,21 +145,22 @@ def _load_step(path, _time):
 
 @functools.lru_cache(maxsize=4)
 def _load_evaluation(path, _time):
-    """The small columns of an evaluation, a row per answer; right and wrong are graded again on the way."""
+    """The small columns of an evaluation, a row per answer; what another tool wrote is graded on the way."""
     columns = {name: [] for name in (*FACTS, *PLACE)}
     with _open_parquet(path) as file, Grader() as grader:
         named = (file.schema_arrow.metadata or {}).get(b"prompt", b"").decode()
-        style = named if named in PROMPT_STYLES else "answer_tag"
-        number = 0
-        for batch in file.iter_batches(BATCH_ROWS):
+        style, names, number = named or "answer_tag", file.schema_arrow.names, 0
+        if style not in PROMPT_STYLES:
+            style = "answer_tag"
+        is_graded = bool(named) and "correct" in names
+        names = [name for name in names if name not in ("prompt", *["responses"] * is_graded)]
+        for batch in file.iter_batches(BATCH_ROWS, columns=names):
             problems = batch.to_pylist()
-            texts = [text for problem in problems for text in problem["responses"]]
-            golds = [_gold(problem) for problem in problems for _ in problem["responses"]]
-            grades = iter(grade_completions(texts, golds, style=style, grader=grader))
+            if not is_graded:
+                _grade_problems(problems, style, grader)
             for problem in problems:
                 for member, facts in enumerate(_facts(problem)):
-                    place = {"file": 0, "row": number, "member": member}
-                    row = facts | {"correct": next(grades).correct} | place
+                    row = facts | {"file": 0, "row": number, "member": member}
                     for name, values in columns.items():
                         values.append(row.get(name))
                 number += 1
@@ -175,14 +175,23 @@ def _gold(problem):
     return str((problem.get("reward_model") or {}).get("ground_truth", ""))
 
 
+def _grade_problems(problems, style, grader):
+    """Put `correct`, a verdict per answer, into rows of an evaluation."""
+    answers = [extract_answer(text, style) for problem in problems for text in problem["responses"]]
+    golds = [_gold(problem) for problem in problems for _ in problem["responses"]]
+    verdicts = iter(grader.grade(answers, golds))
+    for problem in problems:
+        problem["correct"] = [next(verdicts).correct for _ in problem["responses"]]
+
+
 def _facts(problem):
     """What an evaluation says about each answer to a problem; of other tools' files, what is there."""
-    extra = problem.get("extra_info") or {}
-    nothing = [None] * len(problem["responses"])
+    extra, right = problem.get("extra_info") or {}, problem["correct"]
+    nothing = [None] * len(right)
     tokens, reasons = problem.get("response_tokens") or nothing, problem.get("finish_reasons") or nothing
     known = {"problem_id": str(extra.get("index", "")), "tier": extra.get("tier"), "answer": _gold(problem)}
-    for count, reason in zip(tokens, reasons, strict=True):
-        yield known | {"tokens": count, "finish_reason": reason}
+    for count, reason, correct in zip(tokens, reasons, right, strict=True):
+        yield known | {"tokens": count, "finish_reason": reason, "correct": correct}
 
 
 @contextlib.contextmanager

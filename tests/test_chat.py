@@ -14,6 +14,7 @@ from lib.chat_page import (
     read_preferences,
     show_answer,
     show_conversation,
+    show_samples,
     show_text,
     smooth,
     write_preferences,
@@ -336,6 +337,28 @@ def test_tags_are_shown_and_formulas_stay():
         show_conversation(conversation, style="answer_tag", growing=growing)[1]["metadata"]["status"]
         == "pending"
     )
+
+
+def test_thinking_that_the_template_opens_is_folded_away(models, monkeypatch):
+    """DeepSeek's and QwQ's templates end the prompt with <think>: the completion has the end tag alone."""
+    monkeypatch.setattr(chat, "SHOW_SECONDS", 0)
+    speaker, tokenizer = models.open(TINY), models.sampler.tokenizer
+    opening = "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + opening)
+    conversation = asked()
+    how = {"params": PARAMS, "seed": 1, "style": AS_TYPED, "thinking": None}
+    for answers in stream_answers(models, speaker, conversation, **how):
+        shown = show_conversation(conversation, style=AS_TYPED, growing=answers[0])
+        if answers[0].tokens > 2:
+            assert [one.get("metadata", {}).get("title") for one in shown] == [None, "Thinking", None]
+    assert shown[1]["content"] == show_text(answers[0].text.strip())
+    assert shown[2]["content"].startswith("…"), "it never stopped thinking"
+    conversation.reply(answers[0].record(speaker, AS_TYPED) | {"content": "half of 6</think>It is 3."})
+    saved = Conversation.from_json(conversation.to_json())
+    thought, said = show_conversation(saved, style=AS_TYPED)[1:]
+    assert (thought["content"], thought["metadata"]["status"]) == ("half of 6", "done")
+    assert said["content"].startswith("It is 3.\n\n<small>")
+    assert show_samples([chat.Answer("a</think>b", opened=True)], None, style=AS_TYPED)[0]["content"] == "a"
 
 
 def test_smoothing_starts_unbiased_and_keeps_a_constant():

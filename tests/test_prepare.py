@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
+import time
 
 import pyarrow
 import pyarrow.parquet
@@ -160,39 +163,85 @@ def test_verl_parquet_out_and_in(script, tmp_path, name):
     table = pyarrow.parquet.read_table(path)
     assert table.column_names == ["data_source", "prompt", "ability", "reward_model", "extra_info"]
     assert [(one.problem, one.answer) for one in load_problems(path)] == expected["train"]
-    if name != "prepare_math":  # which needs a level and a solution
-        script(
-            "prepare_openr1", "--source", path, "--output", tmp_path / "again", "--train", ":", "--valid", ""
-        )
-        again = read(tmp_path / "again" / "train.jsonl")
-        assert [(row["problem"], row["answer"]) for row in again] == expected["train"]
+    again = (name, "--source", path, "--output", tmp_path / "again", "--train", ":")
+    script(*again, *([] if name in ("prepare_math", "prepare_gsm8k") else ["--valid", ""]))
+    read_back = read(tmp_path / "again" / "train.jsonl")
+    assert [(row["problem"], row["answer"]) for row in read_back] == expected["train"]
+    if name == "prepare_math":
+        assert [row["level"] for row in read_back] == [5, 3]
+
+
+def test_the_files_that_verls_own_scripts_write(script, tmp_path, capsys):
+    """They have the answer alone, and say in the prompt how it is to be given."""
+    row = {"data_source": "DigitalLearningGmbH/MATH-lighteval", "ability": "math"}
+    row |= {
+        "reward_model": {"style": "rule", "ground_truth": "4"},
+        "extra_info": {"split": "train", "index": 0},
+    }
+    tails = {
+        "prepare_math": "Let's think step by step and output the final answer within \\boxed{}.",
+        "prepare_gsm8k": 'Let\'s think step by step and output the final answer after "####".',
+    }
+    for name, tail in tails.items():
+        messages = [{"role": "user", "content": f"What is 2 + 2? {tail}"}]
+        source = write(tmp_path / f"{name}.parquet", [row | {"prompt": messages}])
+        words = (name, "--source", source, "--output", tmp_path / name)
+        script(*words, *(["--levels", ""] if name == "prepare_math" else []))
+        found = [(row["problem"], row["answer"]) for row in read(tmp_path / name / "train.jsonl")]
+        assert found == [("What is 2 + 2?", "4")]
+    with pytest.raises(SystemExit):
+        script("prepare_math", "--source", tmp_path / "prepare_math.parquet", "--output", tmp_path / "o")
+    assert "only 0 problems in 1 rows (dropped: 1 level unknown)" in capsys.readouterr().err
+
+
+def test_a_hub_data_set_is_streamed_no_further_than_it_is_needed(script, tmp_path, monkeypatch):
+    """Its files lie in a local folder here; how they are read is real."""
+    import datasets
+
+    rows = [dapo(i // 3) for i in range(9000)]
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "hub" / "data" / "train.parquet", row_group_size=300)
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *a, **b: real(str(tmp_path / "hub"), *a, **b))
+    monkeypatch.chdir(tmp_path)
+    shown = script("prepare_dapo", "--output", tmp_path / "o", "--train", ":200", "--valid", "200:210")
+    assert "of 1000 rows" in shown, "two chunks hold the 210 problems that are wanted"
+    assert len(read(tmp_path / "o" / "train.jsonl")) == 200
+    assert read(tmp_path / "o" / "valid.jsonl")[0]["problem"] == "What is 200 plus 200?"
+    shown = script("prepare_dapo", "--output", tmp_path / "all", "--train", ":", "--valid", "")
+    assert "kept 3000 of 9000 rows" in shown
 
 
 def test_a_killed_preparation_does_not_check_twice(script, tmp_path, monkeypatch):
-    source = write(tmp_path / "s.jsonl", [openr1(i, answer=f"x+{i}") for i in range(1, 8)])
-    asked = []
-    real = Grader.find_unparsable
-
-    def dying(self, golds):
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        asked.append(golds)
-        return real(self, golds)
-
-    words = ("--source", source, "--output", tmp_path / "o", "--train", ":", "--valid", "")
-    monkeypatch.setattr(Grader, "find_unparsable", dying)
-    script_module = load_script("prepare_openr1")
-    monkeypatch.setattr(sys.modules["preparing"], "CHUNK", 2)
-    with pytest.raises(SystemExit):
-        run_script(script_module.main, [str(word) for word in words])
-    assert len(asked) == 2
-    with open(tmp_path / "o" / "checked.jsonl", "a") as file:
-        file.write('{"x+5": tr')  # the half line of a kill
-    checked = []
-    monkeypatch.setattr(Grader, "find_unparsable", lambda self, golds: checked.extend(golds) or [])
-    script("prepare_openr1", *words)
-    assert checked == ["x+5", "x+6", "x+7"]
-    assert len(read(tmp_path / "o" / "train.jsonl")) == 7
+    count = 400
+    source = write(tmp_path / "s.jsonl", [openr1(i, answer=f"x+{i}") for i in range(count)])
+    words = ["--source", source, "--train", ":", "--valid", "", "--output"]
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'data')]}\n"
+    code += "import preparing, prepare_openr1 as script, lib.settings; preparing.CHUNK = 4; "
+    code += "lib.settings.run_script(script.main)"
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, words), str(tmp_path / "o")])
+    checked = tmp_path / "o" / "checked.jsonl"
+    end = time.monotonic() + 60
+    while not checked.is_file() or checked.read_text().count("\n") < 3:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    known = [answer for line in checked.read_text().splitlines() for answer in json.loads(line)]
+    assert 12 <= len(known) < count
+    assert not (tmp_path / "o" / "train.jsonl").exists()
+    with open(checked, "a") as file:
+        file.write('{"x+399": tr')  # where the kill comes in the middle of a line
+    asked, real = [], Grader.find_unparsable
+    monkeypatch.setattr(
+        Grader, "find_unparsable", lambda self, golds: asked.extend(golds) or real(self, golds)
+    )
+    script("prepare_openr1", *words, tmp_path / "o")
+    assert sorted(asked + known) == sorted(f"x+{i}" for i in range(count)), "each once"
+    script("prepare_openr1", *words, tmp_path / "whole")
+    assert (tmp_path / "o" / "train.jsonl").read_bytes() == (tmp_path / "whole" / "train.jsonl").read_bytes()
 
 
 def test_it_is_deterministic_and_new_settings_prepare_anew(script, tmp_path):
@@ -319,6 +368,12 @@ def test_tiers_by_hand(script, tmp_path):
     assert meta["tiers"] == {"easy": 1, "medium": 1, "hard": 2}
     shown = script("assign_tiers", *words, tmp_path / "u.jsonl", "--count", "any_format", "--min-right", 2)
     assert "1 easy, 0 medium, 3 hard" in shown, "only d's answers without a tag are right twice"
+    test = write(
+        tmp_path / "test.jsonl", [{"problem": " A.", "answer": "1"}, {"problem": "x", "answer": "1"}]
+    )
+    shown = script("assign_tiers", *words, tmp_path / "w.jsonl", "--against", test)
+    assert "0 easy, 1 medium, 2 hard" in shown
+    assert "dropped 1 problems: in test.jsonl, by text" in shown
     data = write(tmp_path / "data.jsonl", [{"id": "mine", "problem": "a", "answer": "1", "note": "kept"}])
     script("assign_tiers", *words, tmp_path / "v.parquet", "--data", data, "--format", "verl-parquet")
     assert {one.problem: one.tier for one in load_problems(tmp_path / "v.parquet")}["b"] == "medium"

@@ -226,6 +226,36 @@ def test_samples_of_an_evaluation(run):
     assert "reward" not in describe_sample(opened, samples.rewards)
 
 
+def test_an_evaluation_of_another_tool_is_graded(run, tmp_path):
+    row = {"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": "4"}}
+    row["responses"] = ["<answer>4</answer>", "<answer>5</answer>", "4"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "responses.parquet")
+    assert load_samples(tmp_path).table["correct"].to_pylist() == [True, False, False]
+    own = run / "evaluation" / "after"
+    shutil.copytree(own, tmp_path / "other")
+    other = pyarrow.parquet.read_table(own / "responses.parquet").drop_columns(["correct"])
+    pyarrow.parquet.write_table(other, tmp_path / "other" / "responses.parquet")
+    assert load_samples(own).table.equals(load_samples(tmp_path / "other").table), "as it was graded then"
+
+
+def test_an_evaluation_of_a_hundred_thousand_answers_stays_usable(tmp_path):
+    """Its texts are not read, and what was graded is not graded again: the verdicts are made up here."""
+    rows = [
+        {"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": str(i)}}
+        | {"extra_info": {"index": str(i), "tier": "easy"}, "responses": [f"x+{i}", "word " * 200] * 50}
+        | {"response_tokens": [i] * 100, "finish_reasons": ["stop"] * 100, "correct": [True, False] * 50}
+        for i in range(1000)
+    ]
+    table = pyarrow.Table.from_pylist(rows).replace_schema_metadata({"prompt": "boxed"})
+    pyarrow.parquet.write_table(table, tmp_path / "responses.parquet")
+    started = time.perf_counter()
+    samples = load_samples(tmp_path)
+    page = samples.select(right=True, problem="99").page(1, 25, sort="tokens")
+    assert time.perf_counter() - started < 20, "seconds; one or two on an idle machine"
+    assert (len(samples.table), len(page), samples.style) == (100_000, 25, "boxed")
+    assert {row["completion"] for row in page} == {"x+99"}
+
+
 def test_a_hundred_thousand_rows_stay_usable(tmp_path):
     folder = make_run(tmp_path / "r", 100, 1000)
     started = time.perf_counter()
