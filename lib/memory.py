@@ -90,7 +90,7 @@ def plan_memory(config, work, *, dtype, card=None):
     card     memory of the card; None leaves out what only cards need
     """
     rows = max(1, work.tokens_per_microbatch // work.row_tokens)
-    two, three = (_count(_with_layers(config, n), work, dtype, rows) for n in (2, 3))
+    two, three = (_count(_with_layers(config, n), work, dtype, rows=rows) for n in (2, 3))
     counts = {name: two[name] + (config.num_hidden_layers - 2) * (three[name] - two[name]) for name in two}
     moments = {"adamw": 2 * counts["adapter"], "adamw_8bit": int(counts["trained"] * 2 * (1 + 4 / 256))}
     held = {name: counts[name] for name in ("weights", "adapter")}
@@ -134,7 +134,8 @@ class _Meter(TorchDispatchMode):
         self.live = self.peak = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, types, *call):
+        args, kwargs = (*call, None)[:2]
         result = function(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._count, result)
         return result
@@ -221,7 +222,7 @@ def _with_layers(config, number):
     return config
 
 
-def _count(config, work, dtype, rows):
+def _count(config, work, dtype, *, rows):
     """Bytes of weights and adapter, numbers that are trained, and peak bytes of a micro-batch."""
     model = _build_on_meta(config, work, dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
