@@ -90,7 +90,7 @@ def plan_memory(config, work, *, dtype, card=None):
     card     memory of the card; None leaves out what only cards need
     """
     rows = max(1, work.tokens_per_microbatch // work.row_tokens)
-    two, three = (_count(_with_layers(config, n), work, dtype=dtype, rows=rows) for n in (2, 3))
+    two, three = (_count(_with_layers(config, n), work, dtype, rows=rows) for n in (2, 3))
     counts = {name: two[name] + (config.num_hidden_layers - 2) * (three[name] - two[name]) for name in two}
     moments = {"adamw": 2 * counts["adapter"], "adamw_8bit": int(counts["trained"] * 2 * (1 + 4 / 256))}
     held = {name: counts[name] for name in ("weights", "adapter")}
@@ -134,7 +134,8 @@ class _Meter(TorchDispatchMode):
         self.live = self.peak = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, types, *call):
+        args, kwargs = (*call, None)[:2]
         result = function(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._count, result)
         return result
@@ -175,9 +176,10 @@ class _CountedAttention(torch.autograd.Function):
     """What a fused attention keeps: its inputs, its output, and a number per head and query."""
 
     @staticmethod
-    def forward(ctx, query, key, value):
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+    def forward(ctx, *query_key_value):
+        query = query_key_value[0]
+        out, sums = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(*query_key_value, out, sums)
         return out
 
     @staticmethod
@@ -185,7 +187,7 @@ class _CountedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _attend(module, *tensors, **_):  # query, key, value and a mask, as transformers calls it
+def _attend(_module, *tensors, **_):  # query, key, value, mask
     return _CountedAttention.apply(*tensors[:3]).transpose(1, 2), None
 
 
@@ -220,7 +222,7 @@ def _with_layers(config, number):
     return config
 
 
-def _count(config, work, *, dtype, rows):
+def _count(config, work, dtype, *, rows):
     """Bytes of weights and adapter, numbers that are trained, and peak bytes of a micro-batch."""
     model = _build_on_meta(config, work, dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -46,6 +46,26 @@ def test_learning_reports_each_seed():
     assert all(run["steps"] == 2 and "pass@1" in run["after"] for run in result["runs"])
 
 
+def test_memory_is_flat_in_the_vocabulary():
+    rows = run_json("memory.py", "--tokens", "2048", "--vocabularies", "16000", "64000")["rows"]
+    assert [(row["tokens"], row["vocabulary"]) for row in rows] == [(2048, 64000), (2048, 16000)]
+    full, ours = ([row[f"{way}_gib"] for row in rows] for way in ("full", "ours"))
+    assert full[0] > 3 * 2048 * 64000 * 4 / 2**30, "several copies of the logits"
+    assert full[0] > 2.5 * full[1]
+    assert max(ours) < 0.6
+    assert abs(ours[0] - ours[1]) < 0.25 * (full[0] - full[1])
+
+
+def test_the_step_for_a_card_runs_on_a_toy():
+    result = run_json("gpu_step.py", "--toy")
+    assert len(result["rows"]) == 2 * 2 * 2
+    for row in result["rows"]:
+        assert row["seconds"] > 0
+        assert 0 < row["utilisation"] < 1
+        assert row["peak_gib"] > 0
+        assert (row["token_budget"] is not None) == (row["way"] == "ours")
+
+
 @pytest.mark.skipif(not find_spec("trl"), reason="TRL is not installed: pip install -r requirements-dev.txt")
 def test_a_step_is_measured_beside_trl():
     words = "--steps 2 --problems 2 --group-size 4 --max-new-tokens 6 --threads 1"
