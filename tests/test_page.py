@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from tests.conftest import ROOT, TINY
 
@@ -136,8 +138,9 @@ def free_port():
 def place(demo_run, tmp_path_factory):
     """A folder with two runs, an evaluation, and a damaged file of settings."""
     folder = tmp_path_factory.mktemp("page")
-    for name in ("second", "demo"):
-        shutil.copytree(demo_run, folder / "runs" / name, symlinks=True)
+    for name, seed in (("second", 2), ("demo", 1)):
+        settings = shutil.copytree(demo_run, folder / "runs" / name, symlinks=True) / "settings.json"
+        settings.write_text(settings.read_text().replace('"SEED": 1', f'"SEED": {seed}'))
         time.sleep(0.01)
         (folder / "runs" / name / "metrics.jsonl").touch()
     shutil.copytree(demo_run / "evaluation" / "after", folder / "evaluations" / "mine")
@@ -258,9 +261,14 @@ def test_mistakes_are_messages_and_the_page_goes_on(one, place):
     broken = place / "broken"
     shutil.copytree(place / "runs" / "demo" / "checkpoints" / "step_000001", broken)
     (broken / "adapter_model.safetensors").write_bytes(b"nothing")
+    other = shutil.copytree(place / "runs" / "demo" / "checkpoints" / "step_000001", place / "other")
+    weights = safetensors.torch.load_file(other / "adapter_model.safetensors")
+    weights = {name: torch.zeros(16, 24) for name in weights}
+    safetensors.torch.save_file(weights, other / "adapter_model.safetensors")
     for path, message in (
         ("nowhere/at/all", "model not found"),
         (str(broken), "is damaged"),
+        (str(other), "belongs to another base"),
         (str(ROOT / "data"), "is no model, adapter or run folder"),
     ):
         one.fill("#other textarea, #other input", path)
@@ -271,6 +279,26 @@ def test_mistakes_are_messages_and_the_page_goes_on(one, place):
     one.click("#open_other")
     one.until(lambda: "tiny-qwen3, a model as it is" in one.text("#header"))
     one.ask("Compute 1 + 1.")
+
+
+def test_system_prompts_are_saved_chosen_and_removed(one, place):
+    saved = lambda: json.loads((place / "chat.json").read_text())["system_prompts"]  # noqa: E731
+    system = lambda: one.find("#system textarea").get_attribute("value")  # noqa: E731
+    one.open_section("system_prompt")
+    one.fill("#system textarea", "Answer like a pirate.")
+    one.click("#keep_prompt")
+    one.until(lambda: saved() == ["Answer like a pirate."])
+    one.choose("saved_prompts", "Please reason step by step.")
+    one.until(lambda: system() == "Please reason step by step.")
+    one.choose("saved_prompts", "Answer like a pirate.")
+    one.until(lambda: system() == "Answer like a pirate.")
+    one.clear()
+    one.ask("Compute 1 + 1.")
+    one.open_section("word_for_word")
+    one.until(lambda: "Answer like a pirate." in one.find("#given textarea").get_attribute("value"))
+    one.click("#forget_prompt")
+    one.until(lambda: saved() == [])
+    one.fill("#system textarea", "")
 
 
 def test_a_conversation_is_saved_and_loaded(one, tmp_path):
@@ -285,6 +313,8 @@ def test_a_conversation_is_saved_and_loaded(one, tmp_path):
         "messages": [
             {"role": "user", "content": "What is $\\frac{6}{2}$?"},
             {"role": "assistant", "content": "<think>half of six</think>It is <answer>3</answer>, $3^1$."},
+            {"role": "user", "content": "Sure?"},
+            {"role": "assistant", "content": "I counted</think>Quite.", "opened": True},
         ],
     }
     (tmp_path / "mine.json").write_text(json.dumps(saved))
@@ -292,6 +322,8 @@ def test_a_conversation_is_saved_and_loaded(one, tmp_path):
     one.until(lambda: "It is <answer>3</answer>" in one.text("#chat"))
     assert one.all("#chat .katex"), "formulas are rendered"
     assert "half of six" not in one.text("#chat"), "the thinking is folded away"
+    assert "I counted" not in one.text("#chat"), "that which the template opened, too"
+    assert "Quite." in one.text("#chat")
     assert "Thinking" in one.text("#chat")
     assert "answer: 3" in one.text("#chat")
     (tmp_path / "bad.json").write_text("{}")
@@ -331,6 +363,18 @@ def test_curves_follow_a_run_in_progress_and_are_overlaid(one, place, keep):
     one.find("body").send_keys(Keys.ESCAPE)
     one.open_section("settings_section")
     one.until(lambda: "LEARNING_RATE" in one.text("#settings_table"))
+
+
+def test_settings_that_differ_and_smoothing(one):
+    one.choose("differ_from", "second")
+    cells = lambda: [text for text in one.texts("#settings_table [role=gridcell]") if text.strip()]  # noqa: E731
+    one.until(lambda: cells() == ["SEED", "1", "2"])
+    curve = lambda: one.find("#plots canvas, #plots svg.marks").screenshot_as_base64  # noqa: E731
+    before = one.until(lambda: (first := curve()) and (time.sleep(1), first == curve())[1] and first)
+    one.fill("#smoothing input[type=number]", "0")
+    one.until(lambda: curve() != before)
+    one.click("#smoothing input[type=range]")  # its middle
+    one.until(lambda: 0.3 < float(one.find("#smoothing input[type=number]").get_attribute("value")) < 0.7)
 
 
 def test_samples_are_filtered_sorted_and_opened(one, keep):
