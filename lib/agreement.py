@@ -27,7 +27,7 @@ def compare(groups, scored, *, tolerance=None):
 
     groups     with `sampler_logps`
     scored     the policy's (`policy.Scored`) of the same completions; a row it did not compute is nan
-    tolerance  of the mean; None is `TOLERANCE` of what the model computes in
+    tolerance  of the mean; None is `TOLERANCE` of what the model rounds to
     UserError says what differs and why that happens.
     """
     sampled = [logps for group in groups for logps in group.sampler_logps]
@@ -38,7 +38,7 @@ def compare(groups, scored, *, tolerance=None):
         if a == a
     ]
     mean, most = (fmean(differences), max(differences)) if differences else (0.0, 0.0)
-    tolerance = TOLERANCE[scored.dtype] if tolerance is None else tolerance
+    tolerance = TOLERANCE[scored.rounding] if tolerance is None else tolerance
     if not mean <= tolerance:
         raise UserError(
             f"sampler and policy disagree about the same tokens by {mean:.2g} nat on average, {most:.2g} at "

@@ -189,6 +189,8 @@ def open_sampler(engines, policy, place, *, work, max_rows):
             sleeps=on_card,
             four_bit=work.load_in_4bit,
         )
-    sampler = VllmSampler(llm, policy.tokenizer, policy.causal_lm.config, sleeps=on_card)
+    sampler = VllmSampler(
+        llm, policy.tokenizer, policy.causal_lm.config, sleeps=on_card, phases=not engines.shared
+    )
     sampler.follow(policy)
     return sampler

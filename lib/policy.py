@@ -39,12 +39,10 @@ class Scored:
     logp_NT: torch.Tensor
     length_N: torch.Tensor
     rows: list = field(repr=False)  # (prompt ids, completion ids)
-    graphs: list = field(
-        repr=False
-    )  # of the micro-batches whose graph was kept: (row indices, hidden_MH, targets)
+    graphs: list = field(repr=False)  # that were kept, a micro-batch each: (row indices, hidden_MH, targets)
     stamp: tuple = field(repr=False)  # mode and version of the weights at the time
     later: bool = False
-    dtype: torch.dtype = torch.float32  # what the model computed in
+    rounding: torch.dtype = torch.float32  # see `Policy.rounding`
 
 
 def learning_rate_at(step, total_steps, *, peak, schedule, warmup):
@@ -64,6 +62,15 @@ def learning_rate_at(step, total_steps, *, peak, schedule, warmup):
     if schedule != "cosine":
         raise ValueError(f"schedule is constant or cosine, not {schedule!r}")
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+def _flatten(nested, path=""):
+    """(path, value) of everything in dicts of dicts; paths are keys joined by dots."""
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 def find_optimizer(name):
@@ -116,9 +123,12 @@ class Policy:
         return self.causal_lm.device
 
     @property
-    def dtype(self):
-        """What the base computes in."""
-        return self.causal_lm.dtype
+    def rounding(self):
+        """The data type by whose rounding two ways to compute a log-probability may differ: that of the base,
+        and bfloat16 for a base in 4 bits, which has one kernel for a row and another for many.
+        """
+        in_4bit = getattr(self.causal_lm, "is_loaded_in_4bit", False)
+        return torch.bfloat16 if in_4bit else self.causal_lm.dtype
 
     @property
     def token_budget(self):
@@ -135,7 +145,7 @@ class Policy:
         length_N = torch.tensor([len(ids) for _, ids in rows], device=self.device)
         logp_NT = torch.zeros(len(rows), max(1, int(length_N.max())), device=self.device)
         self.model.train()  # gradient checkpointing is only active in this mode
-        scored = Scored(logp_NT, length_N, rows, [], self._stamp(), dtype=self.dtype)
+        scored = Scored(logp_NT, length_N, rows, [], self._stamp(), rounding=self.rounding)
         budget = self._budget.tokens
         fits = count_padded(self._budget.plan(rows, range(len(rows))), rows) <= budget
         keep = keep_graph and fits and bool(self.trainable)
@@ -207,8 +217,10 @@ class Policy:
         tensors = {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value.contiguous() for key, value in moments.items()}
+        for path, value in _flatten(self.optimizer.state_dict()["state"]):
+            # 8-bit optimizers count their steps in plain numbers
+            kind = "optimizer" if torch.is_tensor(value) else "number"
+            tensors[f"{kind}.{path}"] = torch.as_tensor(value).clone()  # some share a table
         return tensors
 
     def load_state_tensors(self, tensors):
@@ -216,9 +228,12 @@ class Policy:
         state = self.optimizer.state_dict()
         for name, value in tensors.items():
             kind, _, rest = name.partition(".")
-            if kind == "optimizer":
-                index, _, key = rest.partition(".")
-                state["state"].setdefault(int(index), {})[key] = value
+            if kind in ("optimizer", "number"):
+                index, *nested, last = rest.split(".")
+                place = state["state"].setdefault(int(index), {})
+                for key in nested:
+                    place = place.setdefault(key, {})
+                place[last] = value.item() if kind == "number" else value
         self.optimizer.load_state_dict(state)
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.device.type == "cuda":

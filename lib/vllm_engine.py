@@ -41,6 +41,8 @@ def start_vllm(base, *, dtype, context, max_rank, memory_share=MEMORY_SHARE, sle
         os.environ.setdefault(name, value)
     from vllm import LLM
 
+    from lib.vllm_phases import PhaseProcessor
+
     if max_rank > _RANKS[-1]:
         raise UserError(f"vLLM serves adapters up to rank {_RANKS[-1]}, and this one has {max_rank}")
     on_card = torch.cuda.is_available()
@@ -59,7 +61,7 @@ def start_vllm(base, *, dtype, context, max_rank, memory_share=MEMORY_SHARE, sle
             max_lora_rank=next(rank for rank in _RANKS if rank >= max_rank),
             enforce_eager=not on_card,
             generation_config="vllm",  # sampling is what we say, not what the model's author suggests
-            logits_processors=[],
+            logits_processors=[PhaseProcessor],
             disable_log_stats=True,
             **options,
         )

@@ -19,6 +19,7 @@ import torch
 
 from lib.draws import draw_key
 from lib.models import save_adapter
+from lib.phases import token_texts
 from lib.sampler import build_groups, find_end_ids
 from lib.settings import UserError
 
@@ -54,6 +55,9 @@ def _loaded_checksum(worker, adapter_id):
     return sorted(manager.list_adapters()), adapter_checksum(tensors, dtype=dtype), str(dtype)
 
 
+_DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
 class VllmSampler:
     """Samples with vLLM: `sample` as `sampler.TransformersSampler` has it.
 
@@ -62,12 +66,14 @@ class VllmSampler:
     config      of the base model (transformers)
     max_rows    completions that a caller had better ask for at once; vLLM itself queues as many as come
     sleeps      whether the engine was started so that its memory can be given back between two calls
+    phases      whether it was started by `vllm_engine`, with what samples in two phases; unsloth's was not
     """
 
-    def __init__(self, llm, tokenizer, config, *, max_rows=4096, sleeps=False):
+    def __init__(self, llm, tokenizer, config, *, max_rows=4096, sleeps=False, phases=True):
         from transformers import GenerationConfig
 
         self.llm, self.tokenizer, self.max_rows, self.sleeps = llm, tokenizer, max_rows, sleeps
+        self.text_of, self.phases = token_texts(tokenizer), phases
         try:
             generation = GenerationConfig.from_pretrained(config._name_or_path)
         except OSError:  # a model without the file: its config knows the end token
@@ -142,6 +148,7 @@ class VllmSampler:
         Each completion is a request of its own with its own seed, so that it does not depend on the others.
         """
         from vllm import TokensPrompt
+        from vllm.exceptions import VLLMValidationError
 
         longest = max(map(len, prompts)) + params.max_new_tokens
         if longest > self.context:
@@ -149,6 +156,8 @@ class VllmSampler:
                 f"a prompt and its completion may take {longest} tokens, and vLLM was started for "
                 f"{self.context}: lower --max-new-tokens, or drop the longest problems"
             )
+        if params.phase and not self.phases:
+            raise UserError(f"--phase {params.phase!r}: unsloth's vLLM has one phase; --engine peft has two")
         keys = [
             draw_key(seed, step, problem.id, attempt=attempt, member=member)
             for problem in problems
@@ -156,7 +165,7 @@ class VllmSampler:
         ]
         try:
             requests = [self._describe(params, key) for key in keys]
-        except ValueError as error:  # temperatures above 2, for one
+        except VLLMValidationError as error:  # temperatures above 2, for one
             raise UserError(
                 f"vLLM refuses these sampling parameters: {error}; --sampler transformers"
             ) from None
@@ -176,14 +185,16 @@ class VllmSampler:
         return build_groups(self, problems, prompts, rows=rows, attempt=attempt)
 
     def _describe(self, params, key):
+        """One completion as a request. Ours are all the sampling settings there are; nothing is a default."""
         from vllm import SamplingParams
 
+        how = {name: getattr(params, name) for name in _DRAWN}
+        if params.phase:  # both phases are the processor's business, and the engine's own stay neutral
+            from lib.vllm_phases import describe_phases
+
+            how = {"temperature": 1.0, "extra_args": describe_phases(params)}
         return SamplingParams(
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            min_p=params.min_p,
-            repetition_penalty=params.repetition_penalty,
+            **how,
             max_tokens=params.max_new_tokens,
             seed=key >> 1,  # vLLM takes 63 bits
             stop_token_ids=self.end_ids,

@@ -83,5 +83,5 @@ def test_rows_that_were_not_computed_are_left_out(policy, prompt):
 
     groups = [SimpleNamespace(sampler_logps=[[-1.0, -2.0], [-3.0]])]
     logp_NT = torch.tensor([[-1.5, -2.0], [float("nan"), float("nan")]])
-    metrics = compare(groups, SimpleNamespace(logp_NT=logp_NT, dtype=torch.float32), tolerance=1.0)
+    metrics = compare(groups, SimpleNamespace(logp_NT=logp_NT, rounding=torch.float32), tolerance=1.0)
     assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.25)
