@@ -19,12 +19,14 @@ class Conversation:
     messages   {role, content} in turns; an answer also has what `Answer.record` says about it
     attempt    how often the last question was asked again: another attempt draws other tokens
     stopping   somebody has asked the answer in progress to stop
+    answering  an answer is in progress
     """
 
     system: str = ""
     messages: list = field(default_factory=list)
     attempt: int = 0
     stopping: bool = False
+    answering: bool = False
 
     def ask(self, text):
         """Add a question; UserError if there is nothing to ask, or another one is open."""
