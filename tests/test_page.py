@@ -93,7 +93,7 @@ class Browser:
     def fill(self, selector, text, *, enter=False):
         field = self.find(selector)
         field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(text + (Keys.ENTER if enter else Keys.TAB))
+        field.send_keys((text or Keys.DELETE) + (Keys.ENTER if enter else Keys.TAB))
 
     def choose(self, name, option):
         """Pick an option of a dropdown by its text."""
