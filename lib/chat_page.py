@@ -117,7 +117,7 @@ def describe_answer(message, style):
     notes = [f"<b>answer: {html.escape(found)}</b>" if found is not None else missing]
     if message.get("tokens"):
         notes.append(f"{message['tokens']} tokens")
-    if message.get("seconds"):
+    if message.get("tokens") and message.get("seconds"):
         notes.append(f"{message['tokens'] / message['seconds']:.0f} tokens/s")
     return notes + [_REASONS[reason] for reason in (message.get("finish_reason"),) if reason in _REASONS]
 

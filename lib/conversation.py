@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from lib.prompts import build_messages, extract_answer, extract_any_answer, render_messages
 from lib.settings import UserError
 
+# What a message may hold: anything else, or of another kind, in a file is left out.
+_KINDS = {"role": str, "content": str, "model": str, "answer": str, "tokens": int, "seconds": (int, float)}
+_KINDS |= {"finish_reason": str, "opened": bool}
 AS_TYPED = "as typed"  # instead of a prompt style: the message goes to the model as it stands
 
 
@@ -16,12 +19,14 @@ class Conversation:
     messages   {role, content} in turns; an answer also has what `Answer.record` says about it
     attempt    how often the last question was asked again: another attempt draws other tokens
     stopping   somebody has asked the answer in progress to stop
+    answering  an answer is in progress
     """
 
     system: str = ""
     messages: list = field(default_factory=list)
     attempt: int = 0
     stopping: bool = False
+    answering: bool = False
 
     def ask(self, text):
         """Add a question; UserError if there is nothing to ask, or another one is open."""
@@ -82,6 +87,10 @@ class Conversation:
         )
         if not good:
             raise UserError("this file holds no conversation: questions and answers must take turns in it")
+        messages = [
+            {name: value for name, value in message.items() if isinstance(value, _KINDS.get(name, ()))}
+            for message in messages
+        ]
         system = saved.get("system")
         return cls(system if isinstance(system, str) else "", messages)
 

@@ -1,6 +1,7 @@
 """The tabs Talk and Compare of the chat page: their widgets, and what happens when somebody uses them."""
 
 import tempfile
+import time
 from pathlib import Path
 
 import gradio as gr
@@ -22,6 +23,7 @@ EXAMPLES = (
     "What is 603 + 74?",
     "Ann has 35 coins and finds 4 more. How many coins does she have?",
 )
+PATIENCE = 10.0  # so long is waited for an answer in progress to stop [s]
 QUIET = {"show_progress": "hidden"}  # an answer that grows is progress enough
 
 
@@ -66,16 +68,20 @@ class TalkTab:
         talk = [self.conversation, self.panel.speaking, *self.panel.settings.values()]
         shown = [self.chat, self.box, self.given]
         asking = [self.box.submit, self.send_button.click]
-        sending = gr.on(asking, self.send, [self.box, *talk], shown, **QUIET)
+        gr.on(asking, self.send, [self.box, *talk], shown, **QUIET)
         taking = self.chat.example_select(take_example, None, self.box, **QUIET)
-        trying = taking.then(self.send, [self.box, *talk], shown, **QUIET)
+        taking.then(self.send, [self.box, *talk], shown, **QUIET)
         stop, retry, undo, clear = self.buttons
-        running = [sending, trying]
-        running.append(retry.click(self.retry, [self.box, *talk], shown, cancels=running, **QUIET))
+        retry.click(self.retry, [self.box, *talk], shown, **QUIET)
         stop.click(stop_answer, self.conversation, None, **QUIET)
-        undo.click(report_errors(self.undo), talk, shown, cancels=running, **QUIET)
-        clear.click(self.clear, None, [self.conversation, *shown], cancels=running, **QUIET)
-        self.chat.clear(self.clear, None, [self.conversation, *shown], cancels=running, **QUIET)
+        undo.click(report_errors(self.undo), talk, shown, **QUIET)
+        gr.on(
+            [clear.click, self.chat.clear],
+            self.clear,
+            self.conversation,
+            [self.conversation, *shown],
+            **QUIET,
+        )
         self.save_button.click(report_errors(self.save), self.conversation, self.files)
         self.load_button.upload(
             report_errors(self.load), [self.load_button, *talk], [self.conversation, *shown]
@@ -97,6 +103,7 @@ class TalkTab:
 
     def retry(self, box, conversation, path, *values):
         """Ask the last question again; another answer comes, because other tokens are drawn."""
+        end_answer(conversation)
         try:
             conversation.retry()
             yield from self._answer(conversation, path, values, box=box)
@@ -105,16 +112,20 @@ class TalkTab:
             yield self._show(conversation, values, box=box)
 
     def _answer(self, conversation, path, values, *, box=""):
-        conversation.system, prompt, params, seed = self.panel.read(values)
-        models = self.panel.models
-        speaker = models.open(path)
-        how = {"params": params, "seed": seed, **prompt}
-        for answers in stream_answers(models, speaker, conversation, **how):
-            yield self._show(conversation, values, box=box, growing=answers[0])
-        record = answers[0].record(speaker, prompt["style"]) | {"model": self.panel.label(path)}
-        given = self._render(conversation, prompt)
-        conversation.reply(record)
-        yield [*self._show(conversation, values, box=box)[:2], given]
+        conversation.answering = True
+        try:
+            conversation.system, prompt, params, seed = self.panel.read(values)
+            models = self.panel.models
+            speaker = models.open(path)
+            how = {"params": params, "seed": seed, **prompt}
+            for answers in stream_answers(models, speaker, conversation, **how):
+                yield self._show(conversation, values, box=box, growing=answers[0])
+            record = answers[0].record(speaker, prompt["style"]) | {"model": self.panel.label(path)}
+            given = self._render(conversation, prompt)
+            conversation.reply(record)
+            yield [*self._show(conversation, values, box=box)[:2], given]
+        finally:
+            conversation.answering = False
 
     def _render(self, conversation, prompt):
         return render_conversation(self.panel.models.sampler.tokenizer, conversation, **prompt)
@@ -126,10 +137,12 @@ class TalkTab:
 
     def undo(self, conversation, path, *values):
         del path
+        end_answer(conversation)
         question = conversation.undo()
         return self._show(conversation, values, box=question)
 
-    def clear(self):
+    def clear(self, conversation):
+        end_answer(conversation)
         return [Conversation(), [], "", ""]
 
     def save(self, conversation):
@@ -142,7 +155,8 @@ class TalkTab:
         return gr.File([str(folder / "conversation.json"), str(folder / "conversation.md")], visible=True)
 
     def load(self, file, conversation, path, *values):
-        del conversation, path
+        del path
+        end_answer(conversation)
         try:
             loaded = Conversation.from_json(Path(file).read_text())
         except UnicodeDecodeError:
@@ -221,3 +235,11 @@ def take_example(chosen: gr.SelectData):
 def stop_answer(conversation):
     """Ask the answer in progress to stop."""
     conversation.stopping = True
+
+
+def end_answer(conversation):
+    """Stop the answer in progress, and wait until it is there: no late part of it may be shown after this."""
+    conversation.stopping = True
+    end = time.monotonic() + PATIENCE
+    while conversation.answering and time.monotonic() < end:
+        time.sleep(0.02)

@@ -92,6 +92,15 @@ def test_a_conversation_survives_a_file():
     assert "## Answer of run · best\n\n<think>x</think>4" in conversation.to_markdown()
 
 
+def test_what_makes_no_sense_in_a_loaded_message_is_left_out():
+    odd = {"tokens": "many", "seconds": 2.0, "finish_reason": None, "opened": 1, "metadata": {}}
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "4", "model": "m", **odd}]
+    loaded = Conversation.from_json(json.dumps({"system": 3, "messages": messages}))
+    assert (loaded.system, loaded.messages[0]) == ("", messages[0])
+    assert loaded.messages[1] == {"role": "assistant", "content": "4", "model": "m", "seconds": 2.0}
+    assert "answer: 4" in show_conversation(loaded, style=AS_TYPED)[-1]["content"]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -93,7 +93,7 @@ class Browser:
     def fill(self, selector, text, *, enter=False):
         field = self.find(selector)
         field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(text + (Keys.ENTER if enter else Keys.TAB))
+        field.send_keys((text or Keys.DELETE) + (Keys.ENTER if enter else Keys.TAB))
 
     def choose(self, name, option):
         """Pick an option of a dropdown by its text."""
@@ -243,7 +243,17 @@ def test_an_answer_is_streamed_and_can_be_stopped(one, endless):
     one.click("#stop")
     one.until(lambda: "stopped by you" in one.last_answer())
     assert "tokens/s" in one.last_answer()
+    one.fill("#question textarea", "And 2 + 2?", enter=True)
+    one.until(lambda: len(one.all("#chat .bot.message")) == 2 and len(one.last_answer()) > 9)
+    one.click("#undo")  # while it streams: nothing of it comes after
+    one.until(lambda: one.find("#question textarea").get_attribute("value") == "And 2 + 2?")
+    time.sleep(1)
+    assert [len(one.all(f"#chat .{who}.message")) for who in ("user", "bot")] == [1, 1]
+    one.click("#send")
+    one.until(lambda: len(one.all("#chat .bot.message")) == 2 and len(one.last_answer()) > 9)
     one.clear()
+    time.sleep(1)
+    assert not one.all("#chat .message")
 
 
 def test_another_checkpoint_and_the_base(one):
