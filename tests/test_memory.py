@@ -174,7 +174,8 @@ def test_a_recipe_fits_its_card_and_says_its_peak(recipe, config, card):
     assert ledger.fits
     heavier = "learning" if sum(ledger.learning.values()) > sum(ledger.sampling.values()) else "sampling"
     assert said.groups() == (f"{ledger.peak_gib:.1f}", f"{card}", heavier)
-    # what the sampler has beside a second copy of the weights holds at least a group
+    # what the sampler has beside a second copy of the weights holds four completions of full length; where
+    # there are more of them, vLLM lets them wait
     cache = int(0.9 * float(said[2]) * GIB * work.sampler_memory) - ledger.held["weights"] - GIB
     per_token = prod((2, 2, config.num_hidden_layers, config.num_key_value_heads, 128))
-    assert cache > per_token * work.row_tokens * work.group_size
+    assert cache > per_token * work.row_tokens * 4
