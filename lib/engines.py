@@ -110,7 +110,9 @@ def load_policy(engines, place, tokenizer, *, work, alpha, seed):
     lora = {"targets": work.lora_targets, "rank": work.lora_rank, "alpha": alpha}
     lora["modules_to_save"] = work.modules_to_save
     if engines.policy == "peft":
-        model = load_trainable(place, **lora, seed=seed, load_in_4bit=work.load_in_4bit)
+        base = {"load_in_4bit": work.load_in_4bit}
+        base["attention"] = "flash" if engines.sampler == "vllm" else "sdpa"
+        model = load_trainable(place, **lora, seed=seed, **base)
         how = {"gradient_checkpointing": work.gradient_checkpointing}
     else:
         model = _load_unsloth(engines, place, lora=lora, work=work, seed=seed)

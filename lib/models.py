@@ -111,16 +111,20 @@ def load_config(place):
         raise UserError(_explain(place.base, error)) from None
 
 
-def load_model(place, *, device=None, dtype=None, trainable=False, load_in_4bit=False):
+def load_model(place, *, device=None, dtype=None, trainable=False, load_in_4bit=False, attention="sdpa"):
     """The model at a `ModelPlace`, in evaluation mode; with an adapter it is a PEFT model.
 
     load_in_4bit   hold the base's linear layers in 4 bits (NF4, by bitsandbytes); they compute in `dtype`
+    attention      sdpa, or flash: FlashAttention on a card where it is installed. That takes no mask, which
+                   learning does not need and our decode loop does
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     device = device or choose_device()
-    options = {"dtype": dtype or choose_dtype(device)}
+    options = {"dtype": dtype or choose_dtype(device), "attn_implementation": "sdpa"}
+    if attention == "flash" and device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+        options["attn_implementation"] = "flash_attention_2"
     if load_in_4bit:
         options |= {"quantization_config": _quantise(options["dtype"]), "device_map": {"": device}}
     with _quiet():
@@ -149,17 +153,18 @@ def _quantise(dtype):
     )
 
 
-def load_trainable(place, targets, modules_to_save="", *, rank, alpha, seed, load_in_4bit=False):
+def load_trainable(place, targets, modules_to_save="", *, rank, alpha, seed, **base):
     """The PEFT model to train: the adapter at `place` where there is one, else the base with a fresh LoRA.
 
     A is drawn from `seed` and B is zero, so that a fresh adapter starts as the base.
     targets          "all-linear", or names of modules separated by blanks
     modules_to_save  names of modules that are trained whole, separated by blanks
+    base             of `load_model`: how the base is held
     Dropout is 0: the two passes of the gradient must compute the same function.
     """
     from peft import LoraConfig, get_peft_model
 
-    model = load_model(place, trainable=True, load_in_4bit=load_in_4bit)
+    model = load_model(place, trainable=True, **base)
     if place.adapter:
         return model
     config = LoraConfig(

@@ -59,11 +59,11 @@ def test_sizes(path):
 
 
 def test_the_whole_is_small():
-    """5,000 lines for algorithms and evaluation, 2,300 for real cards (vLLM, unsloth, the ledger, the
+    """5,000 lines for algorithms and evaluation, 2,400 for real cards (vLLM, unsloth, the ledger, the
     preflight, running out of memory) and for sampling again, 1,900 for the page to look at it."""
     page = [path for path in SCRIPTS + LIBRARY if path.stem in PAGE]
     assert sum(map(line_count, page)) <= 1900
-    assert sum(map(line_count, SCRIPTS + LIBRARY)) - sum(map(line_count, page)) <= 7300
+    assert sum(map(line_count, SCRIPTS + LIBRARY)) - sum(map(line_count, page)) <= 7400
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
