@@ -88,7 +88,7 @@ MAX_NEW_TOKENS = 64  # >= 1, tokens per completion
 EVAL_SAMPLES = 10  # >= 1, answers per problem in evaluations, sampled as evaluate.py does
 
 # --- how it runs
-ENGINE = "auto"  # auto | unsloth | peft: what trains; auto is unsloth on a card where it is installed
+ENGINE = "auto"  # auto | unsloth | peft: what trains; auto is unsloth on a card with it and vLLM
 SAMPLER = "auto"  # auto | vllm | transformers: what samples; auto is vllm on a card where it is installed
 SAMPLER_MEMORY = 0.5  # > 0 and < 1, share of the card for vLLM: weights and cache
 AGREEMENT: float | None = None  # > 0, sampler and policy may differ so much [nat]; none: 1e-4, bf16 0.03
@@ -104,7 +104,7 @@ def describe_work(engines, place, prompt_tokens):
     """What this run asks of the machine."""
     lora = {"lora_rank": LORA_RANK, "lora_targets": LORA_TARGETS}
     how = {"optimizer": OPTIMIZER, "gradient_checkpointing": GRADIENT_CHECKPOINTING}
-    how |= {"load_in_4bit": LOAD_IN_4BIT, "adapter": place.adapter}
+    how |= {"load_in_4bit": LOAD_IN_4BIT, "adapter": place.adapter, "shared_weights": engines.shared}
     how["sampler_memory"] = SAMPLER_MEMORY if engines.sampler == "vllm" else None
     return Workload(TOKENS_PER_MICROBATCH, prompt_tokens + MAX_NEW_TOKENS, GROUP_SIZE, **lora, **how)
 
@@ -120,13 +120,12 @@ def start(engines, place, tokenizer, *, work, max_rows):
     return policy, sampler
 
 
-def rehearse(policy, sampler, problems, *, ask, grade, score, work):
+def rehearse(learner, problems, params, *, ask, grade, score, work):
     """Sample and score a few problems as a step would, say what to change, and end: with 0 if nothing is."""
     prompts = [ask(problem.problem) for problem in problems]
-    params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
-    groups = sampler.sample(problems, prompts, params, group_size=GROUP_SIZE, seed=SEED, step=1)
+    groups = learner[1].sample(problems, prompts, params, group_size=GROUP_SIZE, seed=SEED, step=1)
     score(grade(groups))
-    raise SystemExit(print_preflight(policy, sampler, groups, work=work, style=PROMPT, thinking=THINKING))
+    raise SystemExit(print_preflight(*learner, groups, work=work, style=PROMPT, thinking=THINKING))
 
 
 def weigh(groups):
@@ -155,7 +154,7 @@ def push(groups, scored, old_NT, *, base):
 
 def main():
     # Everything a run needs is read and checked before the model is loaded, cheap failures first.
-    engines = choose_engines(ENGINE, SAMPLER)
+    engines = choose_engines(ENGINE, SAMPLER, phase=PHASE, load_in_4bit=LOAD_IN_4BIT)
     grader = Grader()
     grade = partial(grade_groups, style=PROMPT, grader=grader)
     score = partial(score_groups, parse_rewards(REWARDS, style=PROMPT, grader=grader))
@@ -178,7 +177,7 @@ def main():
         return print_result(run.folder)
     policy, sampler = start(engines, place, tokenizer, work=work, max_rows=ledger.sampled_rows)
     if PREFLIGHT:
-        return rehearse(policy, sampler, batches[0][:2], ask=ask, grade=grade, score=score, work=work)
+        return rehearse((policy, sampler), train[:2], first, ask=ask, grade=grade, score=score, work=work)
     old, base = Anchor(policy, "on_policy"), Anchor(policy, "fixed")
     run.restore(policy)
     course = {"peak": LEARNING_RATE, "schedule": LR_SCHEDULE, "warmup": WARMUP}

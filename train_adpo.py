@@ -29,6 +29,7 @@ from lib.grading import Grader
 from lib.losses import adpo, anchor_kl, mask_tokens, sequence_logprob
 from lib.memory import Workload
 from lib.models import load_tokenizer, locate_model
+from lib.phases import measure_tempering
 from lib.policy import learning_rate_at
 from lib.preflight import look_ahead, print_preflight, probe_learning
 from lib.prompts import encode_prompt
@@ -84,12 +85,13 @@ LORA_TARGETS = "all-linear"  # names of modules separated by blanks, or all-line
 PROMPT = "answer_tag"  # answer_tag | boxed | think_answer: how to ask, and how an answer is written
 THINKING: bool | None = None  # Qwen3's thinking flag; none is the template's default
 TEMPERATURE = 1.0  # > 0, of the training samples
+PHASE = ""  # sampling behind a marker in the completion, as in "</think>: T0.6,p0.95"; empty is one phase
 MAX_PROMPT_TOKENS = 512  # >= 1, problems with longer prompts are dropped
 MAX_NEW_TOKENS = 64  # >= 1, tokens per completion
 EVAL_SAMPLES = 10  # >= 1, answers per problem in evaluations, sampled as evaluate.py does
 
 # --- how it runs
-ENGINE = "auto"  # auto | unsloth | peft: what trains; auto is unsloth on a card where it is installed
+ENGINE = "auto"  # auto | unsloth | peft: what trains; auto is unsloth on a card with it and vLLM
 SAMPLER = "auto"  # auto | vllm | transformers: what samples; auto is vllm on a card where it is installed
 SAMPLER_MEMORY = 0.5  # > 0 and < 1, share of the card for vLLM: weights and cache
 AGREEMENT: float | None = None  # > 0, sampler and policy may differ so much [nat]; none: 1e-4, bf16 0.03
@@ -105,7 +107,7 @@ def describe_work(engines, place, prompt_tokens):
     """What this run asks of the machine."""
     lora = {"lora_rank": LORA_RANK, "lora_targets": LORA_TARGETS}
     how = {"optimizer": OPTIMIZER, "gradient_checkpointing": GRADIENT_CHECKPOINTING}
-    how |= {"load_in_4bit": LOAD_IN_4BIT, "adapter": place.adapter}
+    how |= {"load_in_4bit": LOAD_IN_4BIT, "adapter": place.adapter, "shared_weights": engines.shared}
     how["sampler_memory"] = SAMPLER_MEMORY if engines.sampler == "vllm" else None
     return Workload(TOKENS_PER_MICROBATCH, prompt_tokens + MAX_NEW_TOKENS, GROUP_SIZE, **lora, **how)
 
@@ -121,13 +123,12 @@ def start(engines, place, tokenizer, *, work, max_rows):
     return policy, sampler
 
 
-def rehearse(policy, sampler, problems, *, ask, grade, score, work):
+def rehearse(learner, problems, params, *, ask, grade, score, work):
     """Sample and score a few problems as a step would, say what to change, and end: with 0 if nothing is."""
     prompts = [ask(problem.problem) for problem in problems]
-    params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
-    groups = sampler.sample(problems, prompts, params, group_size=GROUP_SIZE, seed=SEED, step=1)
+    groups = learner[1].sample(problems, prompts, params, group_size=GROUP_SIZE, seed=SEED, step=1)
     score(grade(groups))
-    raise SystemExit(print_preflight(policy, sampler, groups, work=work, style=PROMPT, thinking=THINKING))
+    raise SystemExit(print_preflight(*learner, groups, work=work, style=PROMPT, thinking=THINKING))
 
 
 def push(groups, scored, anchor_NT):
@@ -156,10 +157,12 @@ def push(groups, scored, anchor_NT):
 
 def main():
     # Everything a run needs is read and checked before the model is loaded, cheap failures first.
-    engines = choose_engines(ENGINE, SAMPLER)
+    engines = choose_engines(ENGINE, SAMPLER, phase=PHASE, load_in_4bit=LOAD_IN_4BIT)
     grader = Grader()
     grade = partial(grade_groups, style=PROMPT, grader=grader)
     score = partial(score_groups, parse_rewards(REWARDS, style=PROMPT, grader=grader))
+    drawn = {"max_new_tokens": MAX_NEW_TOKENS, "phase": PHASE}
+    params, eval_params = (SamplingParams(temperature=t, **drawn) for t in (TEMPERATURE, EVAL_TEMPERATURE))
     place = locate_model(MODEL)
     train, valid, test = (load_problems(path, grader=grader) for path in (TRAIN_DATA, VALID_DATA, TEST_DATA))
     tokenizer = load_tokenizer(place)
@@ -175,12 +178,10 @@ def main():
         return print_result(run.folder)
     policy, sampler = start(engines, place, tokenizer, work=work, max_rows=ledger.sampled_rows)
     if PREFLIGHT:
-        return rehearse(policy, sampler, batches[0][:2], ask=ask, grade=grade, score=score, work=work)
+        return rehearse((policy, sampler), train[:2], params, ask=ask, grade=grade, score=score, work=work)
     anchor = Anchor(policy, ANCHOR, from_adapter=place.adapter, decay=EMA_DECAY, threshold=DRIFT_THRESHOLD)
     run.restore(policy, anchor=anchor)
     schedule = {"peak": LEARNING_RATE, "schedule": LR_SCHEDULE, "warmup": WARMUP}
-    params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
-    eval_params = SamplingParams(temperature=EVAL_TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS)
     sampling = {"prompt": PROMPT, "thinking": THINKING} | vars(eval_params)
     how = {"ask": ask, "samples": EVAL_SAMPLES, "params": eval_params, "grade": grade, "seed": SEED}
     evaluate = partial(evaluate_problems, sampler, **how)
@@ -219,9 +220,8 @@ def main():
             clock.lap("learn")
 
             # 6. Log and save.
-            metrics = (
-                average_metrics(updates) | {"adpo/anchor_updates": anchor.updates} | measure_groups(groups)
-            )
+            metrics = average_metrics(updates) | {"adpo/anchor_updates": anchor.updates}
+            metrics |= measure_groups(groups) | measure_tempering(groups, [params], sampler.text_of)
             if evaluating := step % EVAL_EVERY == 0 or step == total:
                 metrics |= run.keep_best(step, summarise_groups(evaluate(valid)))
             metrics |= clock.metrics() | policy.memory_metrics()

@@ -26,7 +26,8 @@ def compare(groups, scored, *, tolerance=None):
     """How far the sampler's log-probs are from the policy's, over all sampled tokens: metrics [nat].
 
     groups     with `sampler_logps`
-    scored     the policy's (`policy.Scored`) of the same completions; a row it did not compute is nan
+    scored     the policy's (`policy.Scored`) of the same completions; one that came `later` is nan where
+               nothing was computed
     tolerance  of the mean; None is `TOLERANCE` of what the model rounds to
     UserError says what differs and why that happens.
     """
@@ -35,7 +36,7 @@ def compare(groups, scored, *, tolerance=None):
         abs(a - b)
         for row, logps in zip(scored.logp_NT.tolist(), sampled, strict=True)
         for a, b in zip(row[: len(logps)], logps, strict=True)
-        if a == a
+        if a == a or not scored.later
     ]
     mean, most = (fmean(differences), max(differences)) if differences else (0.0, 0.0)
     tolerance = TOLERANCE[scored.rounding] if tolerance is None else tolerance
@@ -57,7 +58,9 @@ def probe_sampler(policy, sampler, prompt_ids, *, tolerance=None):
     The policy's weights are the same numbers afterwards, and no random state is touched. Returns the largest
     of the mean differences [nat]. UserError where the sampler does not follow.
     """
-    params = SamplingParams(max_new_tokens=32)
+    params = SamplingParams(
+        temperature=0.9, repetition_penalty=1.1, max_new_tokens=32
+    )  # raw ones are asked for
 
     def sample(attempt):
         step = {"group_size": 4, "seed": 0, "step": _PROBE_STEP, "attempt": attempt}
@@ -71,7 +74,7 @@ def probe_sampler(policy, sampler, prompt_ids, *, tolerance=None):
     measured = [differ(groups := sample(0))]
     try:
         for attempt in (1, 2) if matrices else ():
-            _speak_differently(policy, matrices, groups, seed=attempt)
+            _speak_differently(policy, matrices, own, groups=groups, seed=attempt)
             try:
                 measured.append(differ(groups := sample(attempt)))
             except UserError as error:
@@ -84,9 +87,18 @@ def probe_sampler(policy, sampler, prompt_ids, *, tolerance=None):
     return max(one["sampling/sampling_logp_difference/mean"] for one in measured)
 
 
-def _speak_differently(policy, matrices, groups, *, seed):
-    """Random B matrices, larger and larger until the log-probs of these completions have moved by `MOVED`."""
-    before_NT = policy.logprobs(groups, keep_graph=False).logp_NT.detach()
+def _speak_differently(policy, matrices, own, *, groups, seed):
+    """Random B matrices, larger and larger until the log-probs of these completions are `MOVED` away from
+    what they are now, and from what they are with the policy's `own`."""
+
+    def measure():
+        return policy.logprobs(groups, keep_graph=False).logp_NT.detach()
+
+    here_NT = measure()
+    with torch.no_grad():
+        for name, parameter in matrices.items():
+            parameter.copy_(own[name])
+    before = (here_NT, measure())
     tokens = sum(len(ids) for group in groups for ids in group.completion_ids)
     size = 1e-3
     while size < 1e3:
@@ -94,8 +106,8 @@ def _speak_differently(policy, matrices, groups, *, seed):
         with torch.no_grad():
             for parameter in matrices.values():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-        after_NT = policy.logprobs(groups, keep_graph=False).logp_NT.detach()
-        if (after_NT - before_NT).abs().sum().item() >= MOVED * tokens:
+        after_NT = measure()
+        if min((after_NT - one_NT).abs().sum().item() for one_NT in before) >= MOVED * tokens:
             return
         size *= 2
     raise UserError("an adapter changes nothing in this model: are --lora-targets names of its projections?")

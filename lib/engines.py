@@ -27,6 +27,8 @@ from lib.models import choose_device, choose_dtype, load_adapter_weights, load_t
 from lib.policy import Policy
 from lib.sampler import TransformersSampler
 from lib.settings import UserError
+from lib.vllm_engine import set_surroundings, shorten_reason, start_vllm
+from lib.vllm_sampler import VllmSampler
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _INSTALL = {
@@ -51,23 +53,31 @@ class Engines:
         return (*names.get(self.policy, ()), *names.get(self.sampler, ()))
 
 
-def choose_engines(engine="auto", sampler="auto"):
+def choose_engines(engine="auto", sampler="auto", *, phase="", load_in_4bit=False):
     """The `Engines` of a run, imported in the right order.
 
     engine    auto | unsloth | peft: auto is unsloth on a card where unsloth and vLLM are installed, else peft
     sampler   auto | vllm | transformers: auto is vLLM on a card where it is installed, else transformers
-    UserError, with the line that installs it, where one is asked for that is not there or does not import.
+    phase     of the sampling (see `phases`); unsloth's vLLM has no two of them
+    UserError, with the line that installs it, where one is asked for that is not there or does not import,
+    and where two settings do not go together.
     """
     on_card = torch.cuda.is_available()
     there = {name: importlib.util.find_spec(name) is not None for name in _INSTALL}
     if sampler == "auto":
         sampler = "vllm" if on_card and there["vllm"] else "transformers"
     if engine == "auto":
-        engine = "unsloth" if on_card and there["unsloth"] and sampler == "vllm" else "peft"
+        engine = "unsloth" if on_card and there["unsloth"] and sampler == "vllm" and not phase else "peft"
+    if sampler == "vllm":
+        set_surroundings()
     if engine == "unsloth":
         if on_card and sampler != "vllm":  # its kernels know nothing of our decode loop's cache
             raise UserError("--engine unsloth samples with vLLM on a card: --sampler vllm, or --engine peft")
+        if on_card and phase:
+            raise UserError(f"--phase {phase!r}: unsloth's vLLM has one phase; --engine peft has two")
         _import_unsloth(standby=on_card)
+    if sampler == "vllm" and load_in_4bit and importlib.util.find_spec("vllm_bnb_plugin") is None:
+        raise UserError("--load-in-4bit: vLLM has it from a plugin; pip install vllm-bnb-plugin==0.0.3")
     if sampler == "vllm":
         _import("vllm")
     return Engines(engine, sampler, shared=engine == "unsloth" and on_card)
@@ -78,7 +88,13 @@ def _import_unsloth(*, standby):
     # It writes Python files where it runs, unless told where.
     cache = Path(tempfile.gettempdir()) / f"unsloth_compiled_cache_{os.getuid()}"
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache))
-    os.environ.setdefault(*("UNSLOTH_VLLM_STANDBY", "1") if standby else ("UNSLOTH_FORCE_CPU", "1"))
+    if (
+        standby
+    ):  # give memory back while learning, and take as much as --sampler-memory says, not as it thinks
+        os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")
+        os.environ.setdefault("UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE", "1")
+    else:
+        os.environ.setdefault("UNSLOTH_FORCE_CPU", "1")
     late = sorted({"transformers", "peft", "trl"} & sys.modules.keys())
     if late and "unsloth" not in sys.modules:
         raise RuntimeError(f"unsloth must be imported before {', '.join(late)}")
@@ -109,6 +125,10 @@ def load_policy(engines, place, tokenizer, *, work, alpha, seed):
     """
     lora = {"targets": work.lora_targets, "rank": work.lora_rank, "alpha": alpha}
     lora["modules_to_save"] = work.modules_to_save
+    if lora["modules_to_save"] and engines.sampler == "vllm":
+        raise UserError(
+            "--modules-to-save: vLLM takes no whole modules from an adapter; --sampler transformers"
+        )
     if engines.policy == "peft":
         base = {"load_in_4bit": work.load_in_4bit}
         base["attention"] = "flash" if engines.sampler == "vllm" else "sdpa"
@@ -125,18 +145,24 @@ def _load_unsloth(engines, place, *, lora, work, seed):
 
     if place.adapter:
         config = json.loads((place.adapter / "adapter_config.json").read_text())
+        if config.get("use_rslora"):
+            raise UserError(
+                f"--engine unsloth: {place.adapter} is scaled as rsLoRA; --engine peft continues it"
+            )
         lora = {"targets": " ".join(config["target_modules"]), "rank": config["r"]}
         lora |= {"alpha": config["lora_alpha"], "modules_to_save": " ".join(config["modules_to_save"] or [])}
     on_vllm = {"fast_inference": engines.shared}
     if engines.shared:
         on_vllm |= {"gpu_memory_utilization": work.sampler_memory, "max_lora_rank": lora["rank"]}
-    with contextlib.redirect_stdout(sys.stderr):
+        on_vllm["training"] = False  # its word for raw log-probabilities; else those behind all filters come
+    with _errors_named(place.base), contextlib.redirect_stdout(sys.stderr):
         model, _ = FastLanguageModel.from_pretrained(
             place.base,
             max_seq_length=work.row_tokens,
             dtype=choose_dtype(choose_device()),
             load_in_4bit=work.load_in_4bit,
             random_state=seed,
+            use_exact_model_name=True,  # and not a copy of it in another repository
             **on_vllm,
         )
         model = FastLanguageModel.get_peft_model(
@@ -152,6 +178,15 @@ def _load_unsloth(engines, place, *, lora, work, seed):
     if place.adapter:
         load_adapter_weights(model, place.adapter)
     return model
+
+
+@contextlib.contextmanager
+def _errors_named(base):
+    """What unsloth, or vLLM inside it, says about a model that does not load, as a `UserError`."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+        raise UserError(f"unsloth did not load {base}: {shorten_reason(error)}; --engine peft may") from None
 
 
 def _ask_unsloth(model, ids_BL):
@@ -174,9 +209,6 @@ def open_sampler(engines, policy, place, *, work, max_rows):
     """
     if engines.sampler == "transformers":
         return TransformersSampler(policy.model, policy.tokenizer, max_rows=max_rows)
-    from lib.vllm_engine import start_vllm
-    from lib.vllm_sampler import VllmSampler
-
     on_card = policy.device.type == "cuda"
     if engines.shared:
         llm = policy.model.vllm_engine

@@ -52,6 +52,7 @@ class Workload:
     gradient_checkpointing: bool = False
     load_in_4bit: bool = False
     sampler_memory: float | None = None  # share of the card for a sampler of its own; None: there is none
+    shared_weights: bool = False  # that sampler works on the policy's own
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def plan_memory(config, work, *, dtype, card=None):
     sampling = {f"keys, values and logits of {sampled} completions": sampled * size}
     if card and work.sampler_memory:
         learning["the sampler asleep"] = SLEEPING_SAMPLER
-        sampling = {f"the sampler's {work.sampler_memory:g} of the card": int(card * work.sampler_memory)}
+        share = int(card * work.sampler_memory) - counts["weights"] * work.shared_weights
+        sampling = {f"the sampler's {work.sampler_memory:g} of the card": share}
     return Ledger(held, learning, sampling, sampled, card)
 
 

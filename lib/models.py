@@ -120,10 +120,11 @@ def load_model(place, *, device=None, dtype=None, trainable=False, load_in_4bit=
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+    from transformers.utils import is_flash_attn_2_available
 
     device = device or choose_device()
     options = {"dtype": dtype or choose_dtype(device), "attn_implementation": "sdpa"}
-    if attention == "flash" and device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+    if attention == "flash" and device.type == "cuda" and is_flash_attn_2_available():
         options["attn_implementation"] = "flash_attention_2"
     if load_in_4bit:
         options |= {"quantization_config": _quantise(options["dtype"]), "device_map": {"": device}}

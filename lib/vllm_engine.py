@@ -26,6 +26,19 @@ _SURROUNDINGS = {
 }
 
 
+def set_surroundings():
+    """Set the environment that vLLM reads when it is imported, where nobody has set it: also before unsloth
+    imports it."""
+    for name, value in _SURROUNDINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def shorten_reason(error):
+    """What an error says, in one line: of a validation error not its count but its first complaint."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[1:3] if "validation error" in lines[0] else lines[:1])
+
+
 def start_vllm(base, *, dtype, context, max_rank, memory_share=MEMORY_SHARE, sleeps=False, four_bit=False):
     """A vLLM engine on a base model.
 
@@ -37,8 +50,7 @@ def start_vllm(base, *, dtype, context, max_rank, memory_share=MEMORY_SHARE, sle
     sleeps        give its memory back between two calls of `VllmSampler.sample` (on a card)
     UserError where it does not start: not installed, too little memory, an architecture it does not know.
     """
-    for name, value in _SURROUNDINGS.items():
-        os.environ.setdefault(name, value)
+    set_surroundings()
     from vllm import LLM
 
     from lib.vllm_phases import PhaseProcessor
@@ -66,10 +78,9 @@ def start_vllm(base, *, dtype, context, max_rank, memory_share=MEMORY_SHARE, sle
             **options,
         )
     except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"vLLM did not start with {base}: {reason}. On a full card, lower --sampler-memory or "
-            "--tokens-per-microbatch; --sampler transformers needs no second copy"
+            f"vLLM did not start with {base}: {shorten_reason(error)}. On a full card, lower "
+            "--sampler-memory or --tokens-per-microbatch; --sampler transformers needs no second copy"
         ) from None
 
 

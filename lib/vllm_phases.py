@@ -69,18 +69,24 @@ class PhaseProcessor(LogitsProcessor):
         return _Request((first, later), tracker, list(prompt_ids or ()), output_ids)
 
     def apply(self, logits):
+        alike = {}  # rows by parameters: those of a phase are filtered together
         for row, request in self._requests.items():
-            params = request.catch_up()
-            known_1V = logits[row : row + 1, : self._known]
-            seen_1V = None
-            if params.repetition_penalty != 1.0:
-                seen_1V = torch.zeros_like(known_1V, dtype=torch.bool)
-                seen_1V[0, request.prompt_ids + request.output_ids[: request.pushed]] = True
-            filtered_1V = filter_logits(known_1V, params, seen_NV=seen_1V)
+            alike.setdefault(request.catch_up(), []).append(row)
+        for params, rows in alike.items():
+            index_N = torch.tensor(rows, device=logits.device)
+            known_NV = logits[index_N, : self._known]
+            seen_NV = self._mark_seen(rows, known_NV) if params.repetition_penalty != 1.0 else None
+            kept_NV = filter_logits(known_NV, params, seen_NV=seen_NV)
             if params.temperature == 0:
-                best = filtered_1V.argmax()
-                filtered_1V = torch.full_like(filtered_1V, -torch.inf)
-                filtered_1V[0, best] = 0.0
-            logits[row] = -torch.inf
-            logits[row, : self._known] = filtered_1V[0]
+                best_N1 = kept_NV.argmax(dim=-1, keepdim=True)
+                kept_NV = torch.full_like(kept_NV, -torch.inf).scatter_(1, best_N1, 0.0)
+            logits[index_N] = -torch.inf
+            logits[index_N, : self._known] = kept_NV
         return logits
+
+    def _mark_seen(self, rows, known_NV):
+        """Which tokens stand in the prompt or the completion of each row."""
+        seen_NV = torch.zeros_like(known_NV, dtype=torch.bool)
+        for mark_V, request in zip(seen_NV, map(self._requests.get, rows), strict=True):
+            mark_V[request.prompt_ids + request.output_ids[: request.pushed]] = True
+        return seen_NV

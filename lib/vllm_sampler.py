@@ -10,6 +10,7 @@ vLLM itself is imported inside functions: it takes long, and not everybody has i
 
 import contextlib
 import gc
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -55,6 +56,7 @@ def _loaded_checksum(worker, adapter_id):
     return sorted(manager.list_adapters()), adapter_checksum(tensors, dtype=dtype), str(dtype)
 
 
+_IDS = itertools.count(1)  # of adapters, in this process: vLLM does not look at one whose id it has seen
 _DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -104,20 +106,18 @@ class VllmSampler:
 
         RuntimeError if vLLM holds something else afterwards than the file does.
         """
+        engine, self._request = self.llm.llm_engine, None
         self.llm.reset_prefix_cache()
-        old, self._request = self._request, None
+        for held in engine.list_loras():
+            engine.remove_lora(held)
         if folder is not None:
             from vllm.lora.request import LoRARequest
 
-            self._last_id += 1
+            self._last_id = next(_IDS)
             request = LoRARequest(f"adapter-{self._last_id}", self._last_id, str(folder))
-            if old:
-                self.llm.llm_engine.remove_lora(old.lora_int_id)
-            self.llm.llm_engine.add_lora(request)
-            self._check_loaded(Path(folder), request.lora_int_id)
+            engine.add_lora(request)
+            self._check_loaded(Path(folder), self._last_id)
             self._request = request
-        elif old:
-            self.llm.llm_engine.remove_lora(old.lora_int_id)
 
     def _check_loaded(self, folder, adapter_id):
         [(ids, loaded, dtype)] = self.llm.collective_rpc(_loaded_checksum, args=(adapter_id,))

@@ -49,11 +49,43 @@ def test_a_faithful_sampler_passes_and_nothing_is_changed(policy, prompt):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_both_probes_are_far_from_the_policys_own_adapter(policy, prompt):
+    """A sampler that took one adapter over and serves the base since is off by more than bfloat16 rounds."""
+    sampler = TransformersSampler(policy.model, policy.tokenizer)
+    calls, distances = [], []
+    logprobs, sample = policy.logprobs, sampler.sample
+
+    def watched(*args, **kwargs):
+        groups = sample(*args, **kwargs)
+        if calls:
+            now = logprobs(groups, keep_graph=False).logp_NT.detach()
+            with policy.model.disable_adapter():  # B is 0: the policy's own is the base
+                base = logprobs(groups, keep_graph=False).logp_NT.detach()
+            tokens = sum(len(ids) for group in groups for ids in group.completion_ids)
+            distances.append(((now - base).abs().sum() / tokens).item())
+        calls.append(1)
+        return groups
+
+    sampler.sample = watched
+    probe_sampler(policy, sampler, prompt)
+    assert min(distances[:2]) > 0.1
+    assert distances[2] < 1e-5, "its own again"
+
+
+def test_a_policy_that_computes_nan_is_no_agreement():
+    from types import SimpleNamespace
+
+    groups = [SimpleNamespace(sampler_logps=[[-1.0, -2.0]])]
+    scored = SimpleNamespace(logp_NT=torch.full((1, 2), torch.nan), rounding=torch.float32, later=False)
+    with pytest.raises(UserError, match="nan nat on average"):
+        compare(groups, scored)
+
+
 @pytest.mark.parametrize("updates", [0, 1, 2, 3])
 def test_a_sampler_that_stays_behind_is_caught(policy, prompt, updates):
     """0: it serves the base. 1, 2: it keeps an adapter. 3: it keeps the last probe."""
     sampler = late_sampler(policy, updates=updates)
-    with pytest.raises(UserError, match="disagree about the same tokens by 0"):
+    with pytest.raises(UserError, match="disagree about the same tokens by"):
         probe_sampler(policy, sampler, prompt)
     assert all(not p.any() for name, p in policy.trainable.items() if "lora_B" in name), "put back"
 
@@ -83,5 +115,7 @@ def test_rows_that_were_not_computed_are_left_out(policy, prompt):
 
     groups = [SimpleNamespace(sampler_logps=[[-1.0, -2.0], [-3.0]])]
     logp_NT = torch.tensor([[-1.5, -2.0], [float("nan"), float("nan")]])
-    metrics = compare(groups, SimpleNamespace(logp_NT=logp_NT, rounding=torch.float32), tolerance=1.0)
+    metrics = compare(
+        groups, SimpleNamespace(logp_NT=logp_NT, rounding=torch.float32, later=True), tolerance=1.0
+    )
     assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.25)

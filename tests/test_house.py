@@ -20,8 +20,8 @@ PAGE = (
     *("chat_gui", "chat", "conversation", "runs", "samples"),
     *("chat_page", "ask_page", "talk_page", "run_page"),
 )
-SETTINGS = {"train_grdpo.py": 46}  # 40, and six about the card
-SETTINGS |= {"train_adpo.py": 52}  # four anchors and an adaptive temperature: fourteen of the equation alone
+SETTINGS = {"train_grdpo.py": 47}  # 40, six about the card, one about a second phase
+SETTINGS |= {"train_adpo.py": 53}  # four anchors and an adaptive temperature: fourteen of the equation alone
 SETTINGS |= {"train_adagrpo.py": 50}  # when and how to sample again, beside clipping and KL
 WRAPPED = ("losses.py",)  # pure functions take as many keywords as their equation has symbols
 
@@ -59,11 +59,11 @@ def test_sizes(path):
 
 
 def test_the_whole_is_small():
-    """5,000 lines for algorithms and evaluation, 2,400 for real cards (vLLM, unsloth, the ledger, the
+    """5,000 lines for algorithms and evaluation, 2,450 for real cards (vLLM, unsloth, the ledger, the
     preflight, running out of memory) and for sampling again, 1,900 for the page to look at it."""
     page = [path for path in SCRIPTS + LIBRARY if path.stem in PAGE]
     assert sum(map(line_count, page)) <= 1900
-    assert sum(map(line_count, SCRIPTS + LIBRARY)) - sum(map(line_count, page)) <= 7400
+    assert sum(map(line_count, SCRIPTS + LIBRARY)) - sum(map(line_count, page)) <= 7450
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
