@@ -29,7 +29,8 @@ def compare(groups, scored, *, tolerance=None):
     scored     the policy's (`policy.Scored`) of the same completions; one that came `later` is nan where
                nothing was computed
     tolerance  of the mean; None is `TOLERANCE` of what the model rounds to
-    UserError says what differs and why that happens.
+    UserError says what differs and why that happens. Of a policy that computes nan so is the difference: the
+    step is skipped for it, and counted, like any other without a finite loss.
     """
     sampled = [logps for group in groups for logps in group.sampler_logps]
     differences = [
@@ -39,8 +40,9 @@ def compare(groups, scored, *, tolerance=None):
         if a == a or not scored.later
     ]
     mean, most = (fmean(differences), max(differences)) if differences else (0.0, 0.0)
+    most = mean if mean != mean else most
     tolerance = TOLERANCE[scored.rounding] if tolerance is None else tolerance
-    if not mean <= tolerance:
+    if mean > tolerance:
         raise UserError(
             f"sampler and policy disagree about the same tokens by {mean:.2g} nat on average, {most:.2g} at "
             f"most (tolerance {tolerance:g}): the sampler serves other weights (an adapter it did not take "
@@ -58,16 +60,20 @@ def probe_sampler(policy, sampler, prompt_ids, *, tolerance=None):
     The policy's weights are the same numbers afterwards, and no random state is touched. Returns the largest
     of the mean differences [nat]. UserError where the sampler does not follow.
     """
-    params = SamplingParams(
-        temperature=0.9, repetition_penalty=1.1, max_new_tokens=32
-    )  # raw ones are asked for
+    # not neutral: log-probabilities behind temperature and penalty, where raw ones are wanted, would show
+    params = SamplingParams(temperature=0.9, repetition_penalty=1.1, max_new_tokens=32)
 
     def sample(attempt):
         step = {"group_size": 4, "seed": 0, "step": _PROBE_STEP, "attempt": attempt}
         return sampler.sample([_PROBE], [prompt_ids], params, **step)
 
     def differ(groups):
-        return compare(groups, policy.logprobs(groups, keep_graph=False), tolerance=tolerance)
+        scored = policy.logprobs(groups, keep_graph=False)
+        if not scored.logp_NT.isfinite().all():
+            raise UserError(
+                "the policy's log-probabilities are not finite: are the weights of --model damaged?"
+            )
+        return compare(groups, scored, tolerance=tolerance)
 
     matrices = {name: p for name, p in policy.trainable.items() if "lora_B" in name}
     own = {name: p.detach().clone() for name, p in matrices.items()}

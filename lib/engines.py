@@ -88,9 +88,8 @@ def _import_unsloth(*, standby):
     # It writes Python files where it runs, unless told where.
     cache = Path(tempfile.gettempdir()) / f"unsloth_compiled_cache_{os.getuid()}"
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache))
-    if (
-        standby
-    ):  # give memory back while learning, and take as much as --sampler-memory says, not as it thinks
+    if standby:
+        # give memory back while learning, and take as much as --sampler-memory says, not as unsloth thinks
         os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")
         os.environ.setdefault("UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE", "1")
     else:

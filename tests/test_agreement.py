@@ -72,13 +72,16 @@ def test_both_probes_are_far_from_the_policys_own_adapter(policy, prompt):
     assert distances[2] < 1e-5, "its own again"
 
 
-def test_a_policy_that_computes_nan_is_no_agreement():
+def test_a_policy_that_computes_nan_is_no_agreement(policy, prompt):
     from types import SimpleNamespace
 
     groups = [SimpleNamespace(sampler_logps=[[-1.0, -2.0]])]
-    scored = SimpleNamespace(logp_NT=torch.full((1, 2), torch.nan), rounding=torch.float32, later=False)
-    with pytest.raises(UserError, match="nan nat on average"):
-        compare(groups, scored)
+    scored = SimpleNamespace(logp_NT=torch.tensor([[-1.0, torch.nan]]), rounding=torch.float32, later=False)
+    assert all(value != value for value in compare(groups, scored).values()), "nan, not 0"
+    with torch.no_grad():
+        next(iter(policy.trainable.values())).fill_(torch.nan)
+    with pytest.raises(UserError, match="are not finite"):
+        probe_sampler(policy, TransformersSampler(policy.model, policy.tokenizer), prompt)
 
 
 @pytest.mark.parametrize("updates", [0, 1, 2, 3])
