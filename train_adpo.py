@@ -64,7 +64,7 @@ EMA_DECAY = 0.95  # >= 0 and <= 1, share of the ema anchor that stays at an opti
 DRIFT_THRESHOLD = 0.1  # > 0, mean drift of ten steps that moves the kl_triggered anchor [nat/token]
 ANCHOR_KL_COEF = 0.0  # >= 0, weight of the KL from the anchor per token
 UPDATES_PER_BATCH = 1  # >= 1, optimizer steps on each batch of samples; 1 is on-policy
-REWARDS = "good_accuracy(ngram_size=4,max_penalty=-0.5,factor=0.1):1"  # part:weight
+REWARDS = "good_accuracy(ngram_size=4,max_penalty=-0.5,factor=0.1,strict=true):1"  # part:weight
 GROUP_SIZE = 20  # >= 2, completions per problem
 PROBLEMS_PER_STEP = 5  # >= 1, problems per batch
 EPOCHS = 100  # >= 1, passes over all problems

@@ -103,14 +103,14 @@ def length_decay(*, completions, completion_ids, prompts, problem, style, start=
 
 
 def good_accuracy(
-    *, completions, style, grader, ngram_size=4, max_penalty=-0.5, factor=0.1, strict=True, **columns
+    *, completions, style, grader, ngram_size=4, max_penalty=-0.5, factor=0.1, strict=False, **columns
 ):
     """1 for a right answer; a wrong one earns 0, or less the more it repeats itself.
 
         wrong:  factor * max_penalty * (1 - different n-grams / n-grams)
 
-    n-grams are of `ngram_size` words in lower case. The last answer in the prompt's style counts; not strict,
-    as in the source of this reward (wk222/TRL-ADPO, and its verl port), also a box, a tag, or the last line.
+    n-grams are of `ngram_size` words in lower case. The last answer in the prompt's style counts; if there is
+    none and not `strict`, a box, a tag or the last line, as in its source (wk222/TRL-ADPO and its verl port).
     ValueError for a gold answer that cannot be read as mathematics: there it made every answer right.
     """
     golds = columns["answer"]

@@ -92,7 +92,7 @@ def test_grades_tell_answer_from_format(grader):
         ("good_accuracy(ngram_size=0):1", "needs a whole ngram_size >= 1"),
         ("good_accuracy(ngram_size=1.5):1", "needs a whole ngram_size >= 1"),
         ("good_accuracy(max_penalty=0.5):1", "max_penalty <= 0 and factor >= 0, not .*max_penalty=0.5"),
-        ("good_accuracy(strict=1):1", "cannot take strict=1, it is True by default"),
+        ("good_accuracy(strict=1):1", "cannot take strict=1, it is False by default"),
         ("good_accuracy(factor=-1):1", "factor >= 0, not .*factor=-1"),
         ("nowhere.py:f:1", "no file /.*nowhere.py"),
         ("broken.py:f:1", "cannot be imported"),
@@ -149,9 +149,9 @@ def test_a_wrong_answer_costs_what_it_repeats(grader, text, default, of_the_reci
     recipe = "ngram_size=3,max_penalty=-1.0,factor=0.1"
     for options, cost in (
         ("", default),
-        ("(strict=false)", default),
+        ("(strict=true)", default),
         (f"({recipe})", of_the_recipe),
-        (f"({recipe},strict=false)", of_the_recipe),
+        (f"({recipe},strict=true)", of_the_recipe),
     ):
         group = score(f"good_accuracy{options}:1", make_group([text], answer="42"), grader)
         assert group.reward == [pytest.approx(cost, abs=5e-8)]
@@ -171,7 +171,9 @@ def test_a_right_answer_earns_one_however_it_is_said(grader):
     )
     assert score("good_accuracy:1", half, grader, "boxed").reward == [1, 1, 0]
     texts = ["<answer> 42 </answer>", "First some words.\n42", r"\boxed{42}"]
-    assert score("good_accuracy:1", make_group(texts, answer="42"), grader).reward == [1, 0, 0]
+    assert score("good_accuracy:1", make_group(texts, answer="42"), grader).reward == [1, 1, 1]
+    strict = score("good_accuracy(strict=true):1", make_group(texts, answer="42"), grader)
+    assert strict.reward == [1, 0, 0], "what pass@k counts"
 
 
 @pytest.mark.parametrize(
@@ -190,9 +192,10 @@ def test_a_right_answer_earns_one_however_it_is_said(grader):
 )
 def test_what_is_right_where_the_format_is_not_asked_for(grader, text, earned):
     """The spec's examples: a box, a tag, or a bare last line."""
-    assert score("good_accuracy(strict=false):1", make_group([text], answer="42"), grader).reward == [earned]
+    assert score("good_accuracy:1", make_group([text], answer="42"), grader).reward == [earned]
     if "<answer>" not in text:
-        assert score("good_accuracy:1", make_group([text], answer="42"), grader).reward[0] <= 0
+        strict = score("good_accuracy(strict=true):1", make_group([text], answer="42"), grader)
+        assert strict.reward[0] <= 0
 
 
 def test_an_unreadable_gold_answer_is_an_error_and_not_a_right_answer(grader):
