@@ -39,8 +39,10 @@ def compare(groups, scored, *, tolerance=None):
         for a, b in zip(row[: len(logps)], logps, strict=True)
         if a == a or not scored.later
     ]
-    mean, most = (fmean(differences), max(differences)) if differences else (0.0, 0.0)
-    most = mean if mean != mean else most
+    if not differences:  # of completions that nobody computed nothing is said
+        return {}
+    mean = fmean(differences)
+    most = max(differences) if mean == mean else mean
     tolerance = TOLERANCE[scored.rounding] if tolerance is None else tolerance
     if mean > tolerance:
         raise UserError(
@@ -49,8 +51,7 @@ def compare(groups, scored, *, tolerance=None):
             "over, the base, another quantisation or data type) or another prompt. Compare with --sampler "
             "transformers; --agreement sets the tolerance"
         )
-    names = ("mean", "max")
-    return {f"sampling/sampling_logp_difference/{n}": v for n, v in zip(names, (mean, most), strict=True)}
+    return {"sampling/sampling_logp_difference/mean": mean, "sampling/sampling_logp_difference/max": most}
 
 
 def probe_sampler(policy, sampler, prompt_ids, *, tolerance=None):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pyarrow.parquet
 
-from lib.settings import UserError, find_path, is_hub_id
+from lib.settings import UserError, find_path, is_hub_id, shorten_reason
 
 TIERS = ("easy", "medium", "hard")
 
@@ -88,7 +88,7 @@ def iterate_hub(name, file, *, streaming, config=None, split="train", revision=N
     try:
         yield from datasets.load_dataset(str(name), config, **how)
     except (OSError, ValueError) as error:  # datasets' own errors derive from these, offline ones too
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = shorten_reason(error)
         raise UserError(
             f"data not found: no file {file}, and hub data set {name} did not load: {reason}"
         ) from None

@@ -105,6 +105,15 @@ def mix64(value):
     return value ^ (value >> 31)
 
 
+def draw_keys(problems, group_size, *, seed, step, attempt):
+    """`draw_key` of every completion of a batch; those of a problem are neighbours."""
+    return [
+        draw_key(seed, step, problem.id, attempt=attempt, member=member)
+        for problem in problems
+        for member in range(group_size)
+    ]
+
+
 def draw_key(seed, step, problem_id, *, attempt, member):
     """The 64-bit key of one completion's random numbers; also its seed in samplers that take one."""
     key = mix64(seed & _MASK64)

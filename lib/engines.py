@@ -26,8 +26,8 @@ import torch
 from lib.models import choose_device, choose_dtype, load_adapter_weights, load_trainable
 from lib.policy import Policy
 from lib.sampler import TransformersSampler
-from lib.settings import UserError
-from lib.vllm_engine import set_surroundings, shorten_reason, start_vllm
+from lib.settings import UserError, shorten_reason
+from lib.vllm_engine import set_surroundings, start_vllm
 from lib.vllm_sampler import VllmSampler
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -110,8 +110,7 @@ def _import(name):
                 importlib.import_module(name)
             return
         except (ImportError, RuntimeError, OSError, AttributeError, NotImplementedError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            problem = f"installed, but does not import: {lines[0]}"
+            problem = f"installed, but does not import: {shorten_reason(error)}"
     option = _INSTEAD[name].split()[0]
     raise UserError(f"{option} {name}: {problem}; {_INSTALL[name]}, or {_INSTEAD[name]}")
 

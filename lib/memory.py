@@ -17,7 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from lib.settings import UserError
+from lib.models import add_lora
+from lib.settings import UserError, shorten_reason
 from lib.vocabulary import pull_logps
 
 GIB = 2**30
@@ -194,23 +195,22 @@ def _attend(_module, *tensors, **_):  # query, key, value, mask
 
 
 def _build_on_meta(config, work, dtype):
-    from peft import LoraConfig, PeftConfig, get_peft_model
+    from peft import PeftConfig, get_peft_model
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register("counted", _attend)
-    targets = work.lora_targets if work.lora_targets == "all-linear" else work.lora_targets.split()
-    lora = {"r": work.lora_rank, "target_modules": targets, "task_type": "CAUSAL_LM"}
-    if work.adapter:
-        lora = PeftConfig.from_pretrained(work.adapter)
-        lora.inference_mode = False
-    else:
-        lora = LoraConfig(**lora, modules_to_save=work.modules_to_save.split() or None)
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="counted")
-            model = get_peft_model(model, lora)
+            if work.adapter:
+                lora = PeftConfig.from_pretrained(work.adapter)
+                lora.inference_mode = False
+                model = get_peft_model(model, lora)
+            else:
+                lora = {"rank": work.lora_rank, "alpha": work.lora_rank}  # a scale has no size
+                model = add_lora(model, work.lora_targets, work.modules_to_save, **lora)
     except ValueError as error:
-        raise UserError(f"--lora-targets {work.lora_targets}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--model: {shorten_reason(error)}") from None
     if work.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

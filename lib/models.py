@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lib.settings import UserError, find_path, is_hub_id
+from lib.settings import UserError, find_path, is_hub_id, shorten_reason
 
 SAMPLING_FILE = "sampling.json"  # prompt style and sampling settings beside an adapter
 
@@ -163,11 +163,17 @@ def load_trainable(place, targets, modules_to_save="", *, rank, alpha, seed, **b
     base             of `load_model`: how the base is held
     Dropout is 0: the two passes of the gradient must compute the same function.
     """
-    from peft import LoraConfig, get_peft_model
-
     model = load_model(place, trainable=True, **base)
     if place.adapter:
         return model
+    torch.manual_seed(seed)
+    return add_lora(model, targets, modules_to_save, rank=rank, alpha=alpha)
+
+
+def add_lora(model, targets, modules_to_save="", *, rank, alpha):
+    """A fresh LoRA on a plain causal LM: the PEFT model. Arguments as in `load_trainable`."""
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -176,12 +182,11 @@ def load_trainable(place, targets, modules_to_save="", *, rank, alpha, seed, **b
         modules_to_save=modules_to_save.split() or None,
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(seed)
     try:
         with _quiet():
             return get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"--lora-targets {targets}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--lora-targets {targets}: {shorten_reason(error)}") from None
 
 
 def save_adapter(model, folder):
@@ -229,7 +234,7 @@ def attach_adapter(model, folder, name):
             missing = model.load_adapter(folder, name).missing_keys
         reason = f"it has no {missing[0]}" if missing else ""
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = shorten_reason(error)
     if reason:
         if isinstance(model, PeftModel) and name in model.peft_config:
             model.unload() if plain else model.delete_adapter(name)
@@ -243,7 +248,7 @@ def _check_fit(base, folder):
         with safetensors.safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"the adapter {folder} is damaged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the adapter {folder} is damaged: {shorten_reason(error)}") from None
     layers = {f"base_model.model.{name}": layer for name, layer in base.named_modules()}
     for name, shape in shapes.items():
         path, _, matrix = name.partition(".lora_")
@@ -261,8 +266,7 @@ def _check_fit(base, folder):
 
 
 def _explain(base, error):
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"model {base} could not be loaded: {reason}"
+    return f"model {base} could not be loaded: {shorten_reason(error)}"
 
 
 @contextlib.contextmanager

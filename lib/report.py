@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import time
 from statistics import fmean, pstdev
 
@@ -55,26 +54,6 @@ def measure_groups(groups):
     for tier in sorted({group.problem.tier for group in groups} - {""}):
         metrics[f"tier/{tier}/reward"] = fmean(fmean(g.reward) for g in groups if g.problem.tier == tier)
     return metrics
-
-
-def measure_agreement(groups, scored):
-    """How far the sampler's log-probs are from the policy's, over all sampled tokens [nat].
-
-    Of completions that the policy did not compute (nan, see `policy.Scored`) nothing is said.
-    """
-    sampled = [logps for group in groups for logps in group.sampler_logps]
-    differences = [
-        abs(a - b)
-        for row, logps in zip(scored.logp_NT.tolist(), sampled, strict=True)
-        if not math.isnan(row[0])
-        for a, b in zip(row[: len(logps)], logps, strict=True)
-    ]
-    if not differences:
-        return {}
-    return {
-        "sampling/sampling_logp_difference/mean": fmean(differences),
-        "sampling/sampling_logp_difference/max": max(differences),
-    }
 
 
 def average_metrics(updates):

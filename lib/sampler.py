@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lib.draws import draw_key, draw_tokens, parse_phase
+from lib.draws import draw_keys, draw_tokens, parse_phase
 from lib.phases import PhaseTracker, token_texts
 
 
@@ -96,11 +96,7 @@ class TransformersSampler:
         rows = []
         for start in range(0, len(problems), per_batch):
             chosen = problems[start : start + per_batch]
-            keys = [
-                draw_key(seed, step, problem.id, attempt=attempt, member=member)
-                for problem in chosen
-                for member in range(group_size)
-            ]
+            keys = draw_keys(chosen, group_size, seed=seed, step=step, attempt=attempt)
             rows += self._decode(prompts[start : start + per_batch], keys, params)
         self.model.train(was_training)
         return build_groups(self, problems, prompts, rows=rows, attempt=attempt)

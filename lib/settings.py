@@ -34,6 +34,12 @@ class UserError(Exception):
     """A mistake of the person at the keyboard: the message is one line that says what to do."""
 
 
+def shorten_reason(error):
+    """What an error says, in one line: of a validation error not its count but its first complaint."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[1:3] if "validation error" in lines[0] else lines[:1])
+
+
 def find_path(path):
     """The absolute place a setting means: as given, or else below the project folder, as the defaults are."""
     given = Path(path).expanduser()

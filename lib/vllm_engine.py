@@ -10,7 +10,7 @@ import os
 import torch
 
 from lib.models import choose_device, choose_dtype, load_config
-from lib.settings import UserError
+from lib.settings import UserError, shorten_reason
 from lib.vllm_sampler import VllmSampler
 
 MEMORY_SHARE = 0.85  # of a card, where vLLM has it for itself
@@ -31,12 +31,6 @@ def set_surroundings():
     imports it."""
     for name, value in _SURROUNDINGS.items():
         os.environ.setdefault(name, value)
-
-
-def shorten_reason(error):
-    """What an error says, in one line: of a validation error not its count but its first complaint."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[1:3] if "validation error" in lines[0] else lines[:1])
 
 
 def start_vllm(base, *, dtype, context, max_rank, memory_share=MEMORY_SHARE, sleeps=False, four_bit=False):

@@ -18,7 +18,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from lib.draws import draw_key
+from lib.draws import draw_keys
 from lib.models import save_adapter
 from lib.phases import token_texts
 from lib.sampler import build_groups, find_end_ids
@@ -28,13 +28,12 @@ from lib.settings import UserError
 def adapter_checksum(tensors, *, dtype, scaling=None):
     """A number that changes with any bit of an adapter's LoRA matrices, whatever their order or packing.
 
-    tensors   by name, or a list; floating-point
+    tensors   by name; floating-point
     dtype     what they are held in where the sum is taken
     scaling   of the matrices B ("lora_B" in the name), applied in `dtype`, as vLLM does when it loads
     """
     total = 0
-    named = tensors.items() if hasattr(tensors, "items") else ((str(i), t) for i, t in enumerate(tensors))
-    for name, tensor in named:
+    for name, tensor in tensors.items():
         held = tensor.detach().to(dtype)
         if scaling is not None and "lora_B" in name and scaling != 1:
             held = held * scaling
@@ -53,7 +52,11 @@ def _loaded_checksum(worker, adapter_id):
         for matrices in (layer.lora_a, layer.lora_b):  # lists where vLLM packs, as q, k and v into one
             tensors += [t for t in (matrices if isinstance(matrices, list) else [matrices]) if t is not None]
     dtype = tensors[0].dtype if tensors else torch.float32
-    return sorted(manager.list_adapters()), adapter_checksum(tensors, dtype=dtype), str(dtype)
+    return (
+        sorted(manager.list_adapters()),
+        adapter_checksum(dict(enumerate(tensors)), dtype=dtype),
+        str(dtype),
+    )
 
 
 _IDS = itertools.count(1)  # of adapters, in this process: vLLM does not look at one whose id it has seen
@@ -158,11 +161,7 @@ class VllmSampler:
             )
         if params.phase and not self.phases:
             raise UserError(f"--phase {params.phase!r}: unsloth's vLLM has one phase; --engine peft has two")
-        keys = [
-            draw_key(seed, step, problem.id, attempt=attempt, member=member)
-            for problem in problems
-            for member in range(group_size)
-        ]
+        keys = draw_keys(problems, group_size, seed=seed, step=step, attempt=attempt)
         try:
             requests = [self._describe(params, key) for key in keys]
         except VLLMValidationError as error:  # temperatures above 2, for one

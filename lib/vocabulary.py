@@ -11,6 +11,8 @@ from functools import partial
 
 import torch
 
+from lib.settings import shorten_reason
+
 CHUNK_BYTES = 2**27  # float32 logits of a chunk; about three times this is the workspace
 KERNEL_TOLERANCE = 0.01  # mean |difference| of log-probabilities that a kernel may have [nat]
 
@@ -79,7 +81,7 @@ def find_kernel(head):
     try:
         return kernel if agrees_with_chunks(kernel, head) else None
     except (TritonError, RuntimeError, AssertionError) as error:  # what a kernel says to a card it cannot use
-        print(f"cut-cross-entropy is not used: {(str(error) or type(error).__name__).splitlines()[0]}")
+        print(f"cut-cross-entropy is not used: {shorten_reason(error)}")
         return None
 
 

@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 
+from lib.agreement import compare
 from lib.batches import Problem
 from lib.policy import Scored
-from lib.report import StepClock, StepLines, draw_curves, measure_agreement, measure_groups, print_result
+from lib.report import StepClock, StepLines, draw_curves, measure_groups, print_result
 from lib.rewards import Grade
 from lib.sampler import Group
 
@@ -51,7 +52,7 @@ def test_a_reward_that_does_not_apply_is_left_out_of_its_mean():
 def test_agreement_ignores_what_stands_behind_a_row():
     logp_NT = torch.tensor([[-1.0, -1.0, -1.5, 77.0, 77.0], [-1.0, -1.0, -1.0, -1.0, -1.25]])
     scored = Scored(logp_NT, torch.tensor([3, 5]), [], [], ())
-    agreement = measure_agreement([make_group([1.0, 0.0], [RIGHT, WRONG])], scored)
+    agreement = compare([make_group([1.0, 0.0], [RIGHT, WRONG])], scored, tolerance=1.0)
     assert agreement["sampling/sampling_logp_difference/mean"] == pytest.approx(0.75 / 8)
     assert agreement["sampling/sampling_logp_difference/max"] == 0.5
 
